@@ -1,0 +1,73 @@
+"""Trains the cases of test_two_processes.py and saves the weights: started by torchrun, or called in one process.
+
+Completions are drawn from the global row number, so that one process and two see the same rollouts.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+import trl_ext
+from tests.tiny import grpo_args, prompts, tiny_path, weights
+
+TRACE = {"action": "both", "annotator": "tests.tiny.annotate_first", "clip": None, "coverage": 0.5}
+CASES: dict = {
+    "none": {"methods": None},
+    "trace": {"methods": {"trace": TRACE}, "loss_type": "grpo"},
+    "trace_dapo": {"methods": {"trace": TRACE | {"sync_every": 2}}},
+    "high_entropy": {"methods": {"high_entropy": {}}},
+    "high_entropy_generation": {"methods": {"high_entropy": {"scope": "generation_batch"}}, "loss_type": "grpo"},
+    # At 0.8 the last kept entropy is unique here: the first tokens of one prompt tie, and row order would break the tie
+    "both": {"methods": {"trace": TRACE, "high_entropy": {"quantile": 0.8}}},
+}
+
+
+class FixedRollouts(trl_ext.GRPOTrainer):
+    """Completions depend on the step and the global row only."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        first = self.accelerator.process_index * len(prompt_ids)
+        rows = []
+        for row in range(first, first + len(prompt_ids)):
+            draw = torch.Generator().manual_seed(1000 * self.state.global_step + row)
+            length = int(torch.randint(3, 7, (1,), generator=draw))
+            rows.append(torch.randint(40, 90, (length,), generator=draw).tolist())
+        return rows, None
+
+
+def reward(completions, **kwargs):
+    """A smooth function of the text with verdicts on both sides of one half."""
+    return [(sum(map(ord, c[0]["content"])) % 97) / 97 for c in completions]
+
+
+def train(case: str, folder: str, processes: int) -> FixedRollouts:
+    """One group of 8 per rollout: with two processes it is split between them.
+
+    Plain SGD: Adam's first steps follow the sign of a gradient, and so the last bit of one that is almost 0.
+    """
+    settings = dict(CASES[case])
+    methods = settings.pop("methods")
+    kwargs = {"num_generations": 8, "per_device_train_batch_size": 8 // processes, "optim": "sgd"}
+    kwargs |= {"learning_rate": 0.1}
+    kwargs |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    args = trl_ext.GRPOConfig(**grpo_args(folder, **kwargs, **settings), methods=methods)
+    trainer = FixedRollouts(tiny_path(), reward, args, prompts())
+    trainer.train()
+    return trainer
+
+
+def main(out: str) -> None:
+    tiny_path()  # before the processes join: from then on transformers saves on the first one only
+    for case in CASES:
+        trainer = train(case, out, processes=2)
+        if trainer.accelerator.is_main_process:
+            log = [{k: v for k, v in e.items() if "/" in k} for e in trainer.state.log_history]
+            torch.save({"weights": weights(trainer), "log": log}, Path(out) / f"{case}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])

@@ -1,0 +1,367 @@
+"""What the trainer computes for methods: hidden states, full distributions, teacher and reference, streams, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import trl_ext
+from tests.tiny import grpo_args, letters_reward, prompts, tiny_path, weights
+from trl_ext import ops
+from trl_ext.forward import Snapshot
+from trl_ext.method import HIDDEN, POLICY, REFERENCE, TEACHER, Method, Metrics
+from trl_ext.methods import METHODS
+from trl_ext.plan import PlanError
+
+SEEN: list = []
+
+
+@dataclass(frozen=True)
+class Probe(Method):
+    """Base of the test methods: known by the name "probe"."""
+
+    name = "probe"
+    title = paper = "none"
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(method class, model settings, trainer arguments) -> the trainer after training; SEEN is emptied."""
+
+    def run(cls, model=(), peft=None, quantization=None, **kwargs):
+        SEEN.clear()
+        monkeypatch.setitem(METHODS, "probe", cls)
+        args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods="probe")
+        path = tiny_path(**dict(model))
+        trainer = trl_ext.GRPOTrainer(
+            path, letters_reward, args, prompts(), peft_config=peft, quantization_config=quantization
+        )
+        trainer.train()
+        return trainer
+
+    return run
+
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+LORA_AND_HEAD = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class FullDistribution(Probe):
+    """Log-probs of the sampled tokens from the hidden states, beside the ones that TRL computed."""
+
+    def needs(self):
+        return frozenset({HIDDEN})
+
+    def aux_loss(self, x):
+        valid = x.mask.bool()
+        log_probs = x.policy.log_probs_at(valid)
+        sampled = log_probs.gather(1, x.completion_ids[valid].unsqueeze(1)).squeeze(1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        SEEN.append((sampled, x.logps[valid], entropy, x.entropy[valid], x.policy.hidden))
+        return None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"temperature": 0.7},
+        {"model": (("final_logit_softcapping", 3.0),)},
+        {"model": (("logit_scale", 0.3),)},
+        {"model": (("logits_scaling", 4.0),)},
+        {"model": (("lm_head_multiplier", 0.5),)},
+        {"model": (("tie_word_embeddings", True),)},
+        {"cast_lm_head_to_fp32": True},
+        {"peft": LORA},
+        {"peft": LORA_AND_HEAD},
+        {"peft": LORA, "quantization": NF4},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "peft": LORA},
+    ],
+    ids=str,
+)
+def test_full_distribution_agrees_with_trl(train, case):
+    """Same log-prob and entropy as TRL's fused head, same forward, gradient intact."""
+    train(FullDistribution, max_steps=1, **case)
+    sampled, logps, entropy, trl_entropy, hidden = SEEN[0]
+    torch.testing.assert_close(sampled, logps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, trl_entropy, rtol=1e-4, atol=1e-5)
+    assert sampled.requires_grad and hidden.shape[:2] == (8, 6)
+
+
+@dataclass(frozen=True)
+class OneForward(FullDistribution):
+    """Counts forwards of the backbone."""
+
+
+def test_hidden_states_cost_no_second_forward(train, monkeypatch):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+    calls = []
+    forward = Qwen3Model.forward
+    monkeypatch.setattr(
+        Qwen3Model, "forward", lambda self, *a, **k: calls.append(torch.is_grad_enabled()) or forward(self, *a, **k)
+    )
+    train(OneForward, max_steps=1)
+    assert sum(calls) == 1, "one forward with gradient; generation has none"
+
+
+@dataclass(frozen=True)
+class Others(Probe):
+    """Runs reference, teacher and policy on rows 1 and 3 with another prompt."""
+
+    owns = ("teacher",)
+
+    def needs(self):
+        return frozenset({TEACHER, REFERENCE})
+
+    def sync_teacher(self, step):
+        return step in (0, 2)
+
+    def aux_loss(self, x):
+        rows = torch.tensor([1, 3])
+        ids, mask = torch.tensor([[0, 0, 9, 8], [7, 6, 5, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        everywhere = torch.ones_like(x.mask[rows]).bool()
+        SEEN.append(
+            {
+                which: x.other(which, rows, ids, mask).log_probs_at(everywhere)
+                for which in (POLICY, TEACHER, REFERENCE)
+            }
+            | {"ids": torch.cat([ids, x.completion_ids[rows]], 1), "attention": mask, "own": x.other(POLICY).hidden}
+        )
+        return None
+
+
+def plain_log_probs(model, seen):
+    """The slow way: all logits of a stock model, then the completion's positions."""
+    attention = torch.cat([seen["attention"], torch.ones(2, 6, dtype=torch.long)], 1)
+    with torch.no_grad():
+        logits = model(seen["ids"], attention_mask=attention).logits
+    return logits[:, 3:-1].log_softmax(-1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("case", [{}, {"beta": 0.1}, {"peft": LORA}, {"peft": LORA_AND_HEAD}], ids=str)
+def test_reference_teacher_and_policy(train, case):
+    train(Others, max_steps=4, **case)
+    start = AutoModelForCausalLM.from_pretrained(tiny_path())
+    for step, seen in enumerate(SEEN):
+        torch.testing.assert_close(seen[REFERENCE], plain_log_probs(start, seen), rtol=1e-4, atol=1e-5)
+        same = torch.allclose(seen[TEACHER], seen[POLICY], atol=1e-6)
+        assert same == (step in (0, 2)), f"step {step}: the teacher follows at 0 and 2 only"
+        assert seen["own"].shape[0] == 8 and not seen[TEACHER].requires_grad
+    assert not torch.allclose(SEEN[3][REFERENCE], plain_log_probs(start, SEEN[3]) + 1e-3)
+    assert not torch.allclose(SEEN[3][POLICY], SEEN[3][REFERENCE], atol=1e-4), "the policy has moved"
+
+
+def test_snapshot_leaves_the_weights_alone_after_an_error():
+    model = AutoModelForCausalLM.from_pretrained(tiny_path())
+    snapshot = Snapshot(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    now = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="inside"), snapshot.in_place():
+        assert not torch.equal(model.lm_head.weight, now["lm_head.weight"])
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, now[n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="other weights"):
+        snapshot.load({"lm_head.weight": torch.zeros(1)})
+
+
+@dataclass(frozen=True)
+class Streamed(Probe):
+    """A row's value at rollout time must be the row's value in the loss, after TRL's shuffle and split."""
+
+    def streams(self, rollout):
+        assert len(rollout.completions) == len(rollout.rows) == 8
+        assert {row["answer"] for row in rollout.rows} <= set(prompts()["answer"])
+        return {"total": (rollout.completion_ids * rollout.mask).sum(1), "tokens": rollout.completion_ids.clone()}
+
+    def observe_loss(self, x):
+        SEEN.append((x.streams["total"], (x.completion_ids * x.mask).sum(1), x.streams["tokens"], x.completion_ids))
+
+
+def test_streams_survive_shuffle_and_split(train):
+    train(Streamed, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_iterations=2)
+    assert len(SEEN) == 12
+    for carried, now, tokens, ids in SEEN:
+        assert torch.equal(carried, now) and torch.equal(tokens, ids)
+
+
+@dataclass(frozen=True)
+class ShortStream(Probe):
+    def streams(self, rollout):
+        return {"x": torch.zeros(3)}
+
+
+def test_a_stream_of_the_wrong_length_is_refused(train):
+    with pytest.raises(ValueError, match="stream 'x' has 3 rows, not 8"):
+        train(ShortStream)
+
+
+@dataclass(frozen=True)
+class Hooks(Probe):
+    """Rewards doubled, advantages 1..8, prompts changed: each must arrive."""
+
+    def edit_prompts(self, rows):
+        return [{**row, "prompt": [{"role": "user", "content": "zzz"}]} for row in rows]
+
+    def shape_rewards(self, rewards, group):
+        SEEN.append(("rewards", tuple(rewards.shape), group.lengths, group.truncated))
+        return rewards * 2
+
+    def group_advantages(self, advantages, group):
+        assert abs(float(advantages.sum())) < 1e-4  # TRL's, centred
+        return torch.arange(1.0, 9.0).view(2, 4)
+
+    def observe(self, group):
+        self.state["steps"] = self.state.get("steps", 0) + 1
+
+    def token_advantages(self, advantages, x):
+        SEEN.append(("advantages", sorted(advantages.tolist()), x.streams))
+        return advantages
+
+    def streams(self, rollout):
+        SEEN.append(("prompt", rollout.prompts[0][0]["content"], rollout.advantages.tolist()))
+        return {}
+
+
+def test_rollout_hooks_arrive(train, tmp_path):
+    trainer = train(Hooks, max_steps=1)
+    name, shape, lengths, truncated = SEEN[0]
+    assert (name, shape) == ("rewards", (2, 4, 1)) and lengths.max() == 6
+    assert bool((lengths[truncated] == 6).all()) and bool(truncated[lengths < 6].any()) is False
+    assert SEEN[1] == ("prompt", "zzz", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    assert SEEN[2][1] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    assert list(trainer._logs["advantages"]) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    entry = trainer.state.log_history[0]
+    assert entry["rewards/letters_reward/mean"] == pytest.approx(2 * entry["rewards/letters_reward/unshaped"])
+    assert trainer.plan.methods[0].state == {"steps": 1}
+
+
+@dataclass(frozen=True)
+class OwnGrpo(Probe):
+    """GRPO's own surrogate through the surrogate slot."""
+
+    owns = ("surrogate",)
+
+    def surrogate(self, x):
+        old = x.logps.detach() if x.old_logps is None else x.old_logps
+        ratio = torch.exp(x.logps - old)
+        gain = x.advantages.unsqueeze(1)
+        return -torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
+def test_grpo_through_the_surrogate_slot_is_trl(train, loss_type):
+    """Bit for bit, accumulation and a second pass over the same rollouts included."""
+    settings = {"loss_type": loss_type, "num_iterations": 2, "gradient_accumulation_steps": 2}
+    ours = weights(train(OwnGrpo, per_device_train_batch_size=4, **settings))
+    theirs = weights(train(Probe, per_device_train_batch_size=4, **settings))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@dataclass(frozen=True)
+class OnlyAux(Probe):
+    """A loss of its own, the same in every micro-batch: accumulation must not multiply it."""
+
+    def token_weights(self, weights, x):
+        return weights * 0
+
+    def aux_loss(self, x):
+        return x.aggregate(-x.logps)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "luspo"])
+def test_aux_loss_is_scaled_for_accumulation(train, loss_type):
+    one = weights(train(OnlyAux, max_steps=2, loss_type=loss_type))
+    many = weights(
+        train(OnlyAux, max_steps=2, loss_type=loss_type, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=1e-3, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class DropHalf(Probe):
+    """Drops every second token from loss and denominators; attention stays."""
+
+    def loss_mask(self, mask, x):
+        return mask * (torch.arange(mask.size(1)) % 2 == 0)
+
+    def observe_loss(self, x):
+        SEEN.append((x.logps, float(x.metrics is not None)))
+
+
+def test_loss_mask_changes_the_denominator_but_not_the_forward(train):
+    """Halving the tokens by mask keeps the mean's size; by weight it halves it (TRL.md section 4: ratio about 1.9)."""
+
+    @dataclass(frozen=True)
+    class WeightHalf(Probe):
+        def token_weights(self, weights, x):
+            return weights * (torch.arange(weights.size(1)) % 2 == 0)
+
+    masked = train(DropHalf, max_steps=1, loss_type="grpo").state.log_history[0]
+    weighted = train(WeightHalf, max_steps=1, loss_type="grpo").state.log_history[0]
+    assert masked["grad_norm"] == pytest.approx(2 * weighted["grad_norm"], rel=1e-4)
+    assert masked["loss"] == pytest.approx(2 * weighted["loss"], rel=1e-4)
+
+
+@dataclass(frozen=True)
+class KlSchedule(Probe):
+    def kl_coef(self, beta, step):
+        SEEN.append((beta, step))
+        return beta * 100
+
+
+def test_kl_coefficient_is_changed_for_the_call_only(train):
+    strong = train(KlSchedule, beta=0.1)
+    assert SEEN == [(0.1, 0), (0.1, 1), (0.1, 2)] and strong.beta == 0.1
+    weak = train(Probe, beta=0.1)
+    assert not torch.equal(weights(strong)["lm_head.weight"], weights(weak)["lm_head.weight"])
+
+
+@dataclass(frozen=True)
+class Failing(Probe):
+    def token_weights(self, weights, x):
+        return weights * float("nan")
+
+
+def test_a_loss_that_is_not_finite_is_reported(train, caplog):
+    import logging
+
+    logging.getLogger("trl_ext.base").propagate = True
+    with caplog.at_level("WARNING"):
+        train(Failing, max_steps=1)
+    assert "NaN or infinite in 1 micro-batches" in caplog.text
+
+
+def test_metrics_are_weighted_means():
+    metrics = Metrics()
+    mine = metrics.under("m")
+    mine.mean("a", torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0]))
+    mine.mean("a", 4.0)
+    assert (metrics.totals["m/a"][0] / metrics.totals["m/a"][1]).item() == pytest.approx((1 + 9 + 4) / 5)
+
+
+def test_engines_that_shard_weights_are_refused():
+    from trl_ext.method import Setup
+    from trl_ext.plan import Plan
+
+    with pytest.raises(PlanError, match="not tested under fsdp"):
+        Plan((Others(),)).check(Setup(None, engine="fsdp"))
+    Plan((Probe(),)).check(Setup(None, engine="zero3"))
+
+
+def test_aggregate_rejects_unknown_types():
+    with pytest.raises(ValueError, match="not one of"):
+        ops.aggregate(
+            torch.ones(1, 1), torch.ones(1, 1), "x", num_items=1, steps_per_generation=1, max_completion_length=1
+        )

@@ -1,0 +1,237 @@
+"""What both trainers share: the plan, services for methods, their metrics, and their state in checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_ext import checkpoints
+from trl_ext.forward import Features, Snapshot, base_model, evaluating, head_of, weights_of
+from trl_ext.method import REFERENCE, TEACHER, Metrics, Setup
+from trl_ext.plan import Plan, make_plan
+
+logger = get_logger(__name__)
+
+
+class _BeginStep(TrainerCallback):
+    """Refreshes the teacher before the first micro-batch of an optimizer step."""
+
+    def __init__(self, trainer: MethodTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._sync_teacher(state.global_step)
+
+
+class MethodTrainer:
+    """Mixin in front of a TRL trainer. Class-level defaults keep `object.__new__` and plain TRL configs working."""
+
+    plan: Plan = Plan()
+    temperature: float = 1.0
+    _method_metrics: Metrics | None = None
+    _teacher: Snapshot | None = None
+    _reference: Snapshot | None = None
+    _loss_not_finite: Tensor | None = None
+
+    # Set by TRL's trainer
+    accelerator: Any
+    args: Any
+    model: Any
+    ref_model: Any
+    state: Any
+    _metrics: dict[str, Any]
+
+    def _make_plan(self, trainer: str, args: Any) -> None:
+        """Before the model is loaded: a plan that cannot run fails here."""
+        self.plan = make_plan(getattr(args, "methods", None), trainer, Setup(args))
+
+    def _start_methods(self, setup: Setup) -> None:
+        """After TRL's constructor: checks what only the trainer knows, then sets up what the methods need."""
+        self._method_metrics = Metrics()
+        self.plan.check(setup)
+        if REFERENCE in self.plan.needs() and self.ref_model is None and not is_peft_model(self.model):
+            self._reference = Snapshot(self._unwrapped())
+        if TEACHER in self.plan.needs():
+            self.add_callback(_BeginStep(self))  # type: ignore[attr-defined]
+
+    def _engine(self) -> str | None:
+        """ "fsdp", "zero3" or None: where weights are sharded, services that read them are refused."""
+        if getattr(self, "is_fsdp_enabled", False):
+            return "fsdp"
+        plugin = getattr(self.args, "deepspeed_plugin", None)
+        return "zero3" if plugin is not None and plugin.zero_stage == 3 else None
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    # Services
+
+    def _sync_teacher(self, step: int) -> None:
+        if any(method.sync_teacher(step) for method in self.plan.using("sync_teacher")):
+            if self._teacher is None:
+                self._teacher = Snapshot(self._unwrapped())
+            else:
+                self._teacher.refresh()
+
+    def _fp32_head(self) -> bool:
+        return bool(getattr(self.args, "cast_lm_head_to_fp32", False))
+
+    def _policy_features(self, hidden: Tensor) -> Features:
+        return Features(hidden, head_of(self._unwrapped(), self.temperature, self._fp32_head()))
+
+    def _other_features(self, which: str, ids: Tensor, mask: Tensor, length: int) -> Features:
+        """Forward of teacher, reference or current policy without gradient: states of the last `length` tokens."""
+        model, snapshot = self._unwrapped(), None
+        if which == TEACHER:
+            snapshot = self._teacher
+        elif which == REFERENCE and self.ref_model is not None:
+            model = self.accelerator.unwrap_model(self.ref_model)
+        elif which == REFERENCE:
+            snapshot = self._reference
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            weights_of(which, model, snapshot),
+            self.accelerator.autocast(),
+        ):
+            backbone: Any = base_model(model).base_model
+            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            head = head_of(model, self.temperature, self._fp32_head(), detach=True)
+        return Features(hidden[:, :-1][:, -length:], head)
+
+    def _gather_values(self, values: Tensor) -> tuple[Tensor, slice]:
+        """(n,) of each process, n may differ -> all of them in rank order, and where this process's are."""
+        if self.accelerator.num_processes == 1:
+            return values, slice(None)
+        sizes = self.accelerator.gather(torch.tensor([values.numel()], device=values.device)).tolist()
+        padded = values.new_zeros(max(sizes))
+        padded[: values.numel()] = values
+        parts = self.accelerator.gather(padded).view(len(sizes), -1)
+        start = sum(sizes[: self.accelerator.process_index])
+        everyone = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return everyone, slice(start, start + values.numel())
+
+    # Metrics
+
+    def _note_loss(self, loss: Tensor) -> None:
+        """Counts losses that are not finite: `logging_nan_inf_filter` would show an average in their place."""
+        bad = (~torch.isfinite(loss.detach())).sum()
+        self._loss_not_finite = bad if self._loss_not_finite is None else self._loss_not_finite + bad
+
+    def _reduce_metrics(self) -> None:
+        """Adds the methods' means over all ranks to TRL's metrics: one collective for all of them."""
+        if self._method_metrics is None or not self.model.training:
+            return
+        totals = self._method_metrics.totals
+        names = sorted(set(gather_object(list(totals)))) if self.accelerator.num_processes > 1 else sorted(totals)
+        if not names:
+            return
+        zero = torch.zeros(2)
+        stacked = torch.stack([totals.get(name, zero).to(self.accelerator.device) for name in names])
+        summed = self.accelerator.reduce(stacked, reduction="sum").tolist()
+        for name, (total, weight) in zip(names, summed, strict=True):
+            if weight > 0:
+                self._metrics["train"][name].append(total / weight)
+        totals.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log with the methods' metrics in it."""
+        self._reduce_metrics()
+        if self._loss_not_finite is not None and int(self._loss_not_finite) > 0:
+            logger.warning(
+                f"The loss was NaN or infinite in {int(self._loss_not_finite)} micro-batches up to step "
+                f"{self.state.global_step}; the logged loss leaves them out. Look at rewards and log-probs, or lower "
+                "the learning rate."
+            )
+        self._loss_not_finite = None
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """TRL's train; `True` resumes from the newest whole checkpoint, whose methods must be this run's."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.last_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise checkpoints.CheckpointError(f"nothing to resume: no whole checkpoint in {self.args.output_dir}")
+        if isinstance(resume_from_checkpoint, str):
+            self._check_same_methods(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+    def _check_same_methods(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / checkpoints.METHODS_FILE
+        saved = checkpoints.load(path)["names"] if path.exists() else []
+        names = [method.name for method in self.plan.methods]
+        if saved != names:
+            raise checkpoints.CheckpointError(
+                f"{checkpoint} was trained with methods {saved or 'none'}, this run names {names or 'none'}. Name the "
+                "same methods in the same order to resume, or start a new run from its weights (model_name_or_path)."
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
+        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            if not self.args.save_only_model:
+                self._save_method_files(folder)
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except Exception as error:
+            if not checkpoints.is_whole(folder):
+                raise checkpoints.discard(folder, run_dir, error) from error
+            raise
+
+    def _save_method_files(self, folder: str) -> None:
+        if self.plan.methods and self.args.should_save:
+            content = {
+                "names": [m.name for m in self.plan.methods],
+                "states": {m.name: m.state for m in self.plan.methods},
+                "snapshots": {} if self._teacher is None else {TEACHER: self._teacher.values},
+            }
+            checkpoints.save(os.path.join(folder, checkpoints.METHODS_FILE), content)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            self._load_method_files(checkpoint)
+
+    def _load_method_files(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, checkpoints.METHODS_FILE)
+        if not self.plan.methods or not os.path.exists(path):
+            return
+        content = checkpoints.load(path)
+        for method in self.plan.methods:
+            method.state.clear()
+            method.state.update(content["states"][method.name])
+        if TEACHER in content["snapshots"]:
+            self._teacher = Snapshot(self._unwrapped())
+            self._teacher.load(content["snapshots"][TEACHER])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, then a section that names each method, its paper and its settings."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        path = Path(self.args.output_dir) / "README.md"
+        if self.plan.methods and self.accelerator.is_main_process and path.exists():
+            with path.open("a") as card:
+                card.write(methods_section(self.plan, self.args.methods))
+
+
+def methods_section(plan: Plan, settings: Mapping[str, Any]) -> str:
+    """Markdown for a model card: one line for each method with its paper and the settings that deviate."""
+    lines = ["", "## Methods", "", "Trained with `trl_ext` and the logic of these papers:", ""]
+    for method in plan.methods:
+        changed = ", ".join(f"`{key}={value}`" for key, value in settings.get(method.name, {}).items())
+        lines.append(
+            f"- `{method.name}`: {method.title}, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper})"
+            f" ({changed or 'default settings'})"
+        )
+    return "\n".join(lines) + "\n"

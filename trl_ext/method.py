@@ -1,0 +1,341 @@
+"""The contract between a paper and the trainers: what a method declares, what its hooks receive and return.
+
+A method is a frozen dataclass. Its fields are the paper's hyperparameters (`param` keeps the documentation, the source
+of the default and the bounds beside each), the hooks that it overrides are what the paper changes, and `state` is all
+that must survive a restart. A hook receives values and returns values: it never mutates its input, never sees the
+trainer, the accelerator or another method, and never synchronises the device (`.item()`) in the loss.
+
+Letters: P prompts, G completions per prompt, B micro-batch rows, T completion tokens, V vocabulary, H hidden,
+F reward functions, L prompt tokens, N chosen positions. "rows" are this process's completions of one rollout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trl_ext.forward import Features
+
+TEACHER = "teacher"
+"""A snapshot of the trained weights that `sync_teacher` refreshes."""
+REFERENCE = "reference"
+"""The model at the start of training: adapter off under PEFT, TRL's `ref_model`, or a copy of the first weights."""
+POLICY = "policy"
+"""The current weights, as `other(POLICY, ...)` runs them without gradient. Needs nothing."""
+HIDDEN = "hidden"
+"""The last hidden states of the policy, captured in the forward that runs anyway."""
+ENTROPY_AT_ROLLOUT = "entropy_at_rollout"
+"""One more forward without gradient per rollout, for the entropies of the generation batch."""
+REF_LOGPS = "ref_logps"
+"""Reference log-probabilities of the sampled tokens: TRL computes them when `beta` is not zero."""
+NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, REF_LOGPS}
+
+
+def param(
+    default: Any,
+    doc: str,
+    *,
+    source: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """A hyperparameter: a dataclass field with its meaning, the source of its default, and its allowed values.
+
+    Args:
+        default: The vetted setting; a list or a mapping is copied for each instance.
+        doc: One line for `trl-ext methods NAME`.
+        source: Where the default comes from ("card: paper table 3", "card: inferred").
+        ge, gt, le, lt: Bounds for numbers; None is never compared.
+        choices: The allowed values.
+    """
+    metadata = {"doc": doc, "source": source, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Metrics:
+    """Weighted means that are added up on the device and reduced over ranks once, when the trainer logs.
+
+    `mean(name, value, weight)` adds sum(value * weight) to a numerator and sum(weight) to a denominator, both detached;
+    the logged value is their quotient over all micro-batches and ranks since the last log. A zero denominator logs
+    nothing rather than a fake zero.
+    """
+
+    def __init__(self, totals: dict[str, Tensor] | None = None, prefix: str = "") -> None:
+        self.totals: dict[str, Tensor] = {} if totals is None else totals  # name -> [numerator, denominator]
+        self.prefix = prefix
+
+    def under(self, name: str) -> Metrics:
+        """The same store; names get the prefix `name/`."""
+        return Metrics(self.totals, f"{name}/")
+
+    def mean(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+        """Adds `value` (any shape) with `weight` (a scalar, or of the same shape)."""
+        value = torch.as_tensor(value, dtype=torch.float32).detach()
+        weight = torch.as_tensor(weight, dtype=torch.float32, device=value.device).detach().expand_as(value)
+        total = torch.stack([(value * weight).sum(), weight.sum()])
+        key = self.prefix + name
+        self.totals[key] = total.to(self.totals[key].device) + self.totals[key] if key in self.totals else total
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known when a plan is checked. None means "not known yet": the config alone knows less than the trainer."""
+
+    args: Any
+    reward_names: Sequence[str] | None = None
+    columns: Sequence[str] | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """All completions of one rollout on all processes, in whole groups.
+
+    `rewards` (P, G, F) float32, NaN where a function returned None; `advantages` (P, G); `lengths` (P, G) completion
+    tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far.
+    """
+
+    rewards: Tensor
+    advantages: Tensor
+    lengths: Tensor
+    truncated: Tensor
+    reward_names: Sequence[str]
+    step: int
+    metrics: Metrics
+
+    def for_method(self, name: str) -> Group:
+        """The same data; metrics get the method's name as prefix."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """This process's completions right after scoring, and the services that a hook may call (all without gradient).
+
+    `rows`: the data set row behind each completion; `prompts`: what was shown to the model (messages or text);
+    `completions`: the decoded text; `completion_ids`, `mask` (rows, T), right padded; `rewards` (rows, F);
+    `advantages` (rows,).
+
+    Services: `decode_one(id)` is the text of one token; `encode_prompts(prompts)` applies the chat template;
+    `generate(prompts, max_new_tokens)` answers greedily with the current policy, thinking off;
+    `entropies()` (rows, T) of the current policy at the sampling temperature (declare `ENTROPY_AT_ROLLOUT`);
+    `gather(values)` joins (n,) values of all processes (n may differ) and tells which slice is this process's.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Any]
+    completions: Sequence[str]
+    completion_ids: Tensor
+    mask: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    reward_names: Sequence[str]
+    step: int
+    pad_token_id: int
+    metrics: Metrics
+    decode_one: Callable[[int], str]
+    encode_prompts: Callable[[Sequence[Any]], list[list[int]]]
+    generate: Callable[[Sequence[Any], int], list[str]]
+    entropies: Callable[[], Tensor]
+    gather: Callable[[Tensor], tuple[Tensor, slice]]
+
+    def for_method(self, name: str) -> Rollout:
+        """The same data; metrics get the method's name as prefix."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class LossInput:
+    """One micro-batch inside the loss, after the one forward.
+
+    `completion_ids`, `mask` (B, T): `mask` is 1 on tokens that TRL trains on (no padding, no tool output).
+    `logps` (B, T) with gradient, `entropy` (B, T) of the distribution at each position at the sampling temperature,
+    with gradient; both 0 where masked by padding. `advantages` (B,) as TRL made them. `old_logps`, `ref_logps` (B, T)
+    or None. `streams`: what this method's `streams` returned for these rows. `step`: optimizer steps done so far.
+
+    Services: `policy` holds hidden states and head of the forward (declare `HIDDEN`); `other(which, rows, prompt_ids,
+    prompt_mask)` runs `TEACHER` or `REFERENCE` without gradient on chosen rows, with another prompt if given;
+    `aggregate(per_token)` reduces (B, T) to a scalar with the denominators of TRL's `loss_type` over `mask`;
+    `gather(values)` joins (n,) values of all processes and tells which slice is this process's. `scratch` is the
+    method's own, for values that one of its hooks leaves for a later one on the same micro-batch.
+    """
+
+    completion_ids: Tensor
+    mask: Tensor
+    logps: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    streams: Mapping[str, Tensor]
+    step: int
+    loss_type: str
+    metrics: Metrics
+    policy: Features | None
+    other: Callable[..., Features]
+    aggregate: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], tuple[Tensor, slice]]
+    scratch: dict[str, Any]
+
+    def for_method(self, name: str) -> LossInput:
+        """The same data as one method sees it: its own streams without prefix, its own metric names."""
+        prefix = f"{name}/"
+        own = {key[len(prefix) :]: value for key, value in self.streams.items() if key.startswith(prefix)}
+        scratch = self.scratch.setdefault(name, {})
+        return dataclasses.replace(self, streams=own, metrics=self.metrics.under(name), scratch=scratch)
+
+
+@dataclass(frozen=True)
+class PairInput:
+    """One micro-batch of preference pairs inside the DPO loss, after the policy's and the reference's forward.
+
+    `logps`, `ref_logps` (2B, S) per-token log-probabilities of the sequence shifted by one, chosen rows first, 0 outside
+    the completion; `ref_logps` is None with `precompute_ref_log_probs`. `mask` (2B, S). `chosen`, `rejected`,
+    `ref_chosen`, `ref_rejected` (B,) sequence sums as TRL forms them (`ld_alpha` included). `beta` as in TRL.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    mask: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    beta: float
+    step: int
+    metrics: Metrics
+    policy: Features | None
+    gather: Callable[[Tensor], tuple[Tensor, slice]]
+
+    def for_method(self, name: str) -> PairInput:
+        """The same data; metrics get the method's name as prefix."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. Every hook here is neutral: it returns its input unchanged, or nothing.
+
+    A hook that returns the very object that it received costs nothing and keeps TRL's path bit for bit, so a method at
+    its neutral setting should do that. Hooks run in training only; evaluation is plain TRL.
+    """
+
+    name: ClassVar[str]
+    """The card's name: key under `methods:` in a recipe."""
+    title: ClassVar[str]
+    """The paper's title."""
+    paper: ClassVar[str]
+    """arXiv id."""
+    trainer: ClassVar[str] = "grpo"
+    """Which trainer runs it: "grpo" or "dpo"."""
+    owns: ClassVar[tuple[str, ...]] = ()
+    """Exclusive slots ("teacher", "surrogate", "baseline", ...); two owners of one slot are refused."""
+    conflicts: ClassVar[Mapping[str, str]] = {}
+    """Other method -> why the two do not go together and which flag resolves it; shown to the user."""
+
+    state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Tensors and numbers that a checkpoint must hold; changed in `observe` and `observe_loss` only."""
+
+    # What a method declares
+
+    def needs(self) -> frozenset[str]:
+        """What the trainer must compute for these settings, of `NEEDS`; it costs time or memory."""
+        return frozenset()
+
+    def check(self, setup: Setup) -> list[str]:
+        """Problems with these settings in this setup, each with the flags that fix it. Called before the model loads."""
+        return []
+
+    def cost(self) -> str:
+        """One line for `trl-ext plan`: what it adds to a step in time and memory."""
+        return "no extra forward"
+
+    def summary(self, decode_one: Callable[[int], str]) -> list[str]:
+        """Lines for the report at the end of a run, from `state`; `decode_one(id)` is the text of a token."""
+        return []
+
+    # Rollout
+
+    def edit_prompts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Data set rows -> rows of the same length and order, before generation. Return copies of changed rows."""
+        return rows
+
+    def shape_rewards(self, rewards: Tensor, group: Group) -> Tensor:
+        """(P, G, F) -> (P, G, F), before TRL forms advantages; chained. `group.advantages` is not known yet (zeros)."""
+        return rewards
+
+    def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
+        """(P, G) -> (P, G), after TRL's normalisation; chained."""
+        return advantages
+
+    def streams(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Values per row that the loss needs later: tensors whose first dimension is rows. They survive TRL's shuffle."""
+        return {}
+
+    def observe(self, group: Group) -> None:
+        """End of a rollout: the place to change `state` from values of all ranks."""
+
+    # Loss
+
+    def token_advantages(self, advantages: Tensor, x: LossInput) -> Tensor:
+        """(B,) or (B, T) -> the same or (B, T); chained."""
+        return advantages
+
+    def loss_mask(self, mask: Tensor, x: LossInput) -> Tensor:
+        """(B, T) -> (B, T): a dropped token leaves the policy term, the KL term **and** the denominators; chained."""
+        return mask
+
+    def token_weights(self, weights: Tensor, x: LossInput) -> Tensor:
+        """(B, T), first all ones -> (B, T): scales the policy term alone, denominators stay; chained."""
+        return weights
+
+    def surrogate(self, x: LossInput) -> Tensor | None:
+        """Replaces TRL's policy term: per-token (B, T), aggregated as `loss_type` says, or a scalar. Own "surrogate"."""
+        return None
+
+    def aux_loss(self, x: LossInput) -> Tensor | None:
+        """A scalar with its own denominator that is added to the loss; None adds nothing. Mean over the micro-batch:
+        the trainer divides by the accumulation steps."""
+        return None
+
+    def observe_loss(self, x: LossInput) -> None:
+        """End of the loss of a micro-batch: the place to change `state`, from values reduced with `x.gather`."""
+
+    # Step
+
+    def kl_coef(self, beta: float, step: int) -> float:
+        """TRL's `beta` -> the coefficient of the reference KL in this step; chained. Never 0 unless `beta` is."""
+        return beta
+
+    def sync_teacher(self, step: int) -> bool:
+        """Whether the `TEACHER` snapshot is refreshed before optimizer step `step` (0, 1, ...). Own "teacher"."""
+        return False
+
+    # Preference pairs (DPO)
+
+    def pair_loss(self, x: PairInput) -> Tensor | None:
+        """(B,) loss per pair under the method's own name in `loss_type`; weighted by `loss_weights` as TRL's are."""
+        return None
+
+    def pair_aux_loss(self, x: PairInput) -> Tensor | None:
+        """A scalar that is added to the loss; None adds nothing."""
+        return None
+
+    def observe_pairs(self, x: PairInput) -> None:
+        """End of the loss of a micro-batch of pairs: the place to change `state`."""
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Whether `method` changes `hook` (its class defines it, the base's neutral version aside)."""
+    return getattr(type(method), hook) is not getattr(Method, hook)

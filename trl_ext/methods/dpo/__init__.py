@@ -1,0 +1,1 @@
+"""Methods of the DPO trainer, one file per paper."""

@@ -1,0 +1,1 @@
+"""Methods of the GRPO trainer, one file per paper."""

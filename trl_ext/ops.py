@@ -1,0 +1,56 @@
+"""Tensor maths that several methods share. Letters as in `method.py`; nothing here knows a trainer or a config."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SEQUENCE_MEAN = ("grpo", "sapo")
+TOKEN_MEAN = ("dapo", "cispo", "vespo")
+LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """sum(values * mask) / max(sum(mask), 1): scalar. An empty mask gives 0."""
+    return (values * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def aggregate(
+    per_token: Tensor,
+    mask: Tensor,
+    loss_type: str,
+    *,
+    num_items: Tensor | float,
+    steps_per_generation: int,
+    max_completion_length: int,
+    accumulation: int = 1,
+) -> Tensor:
+    """(B, T) -> scalar with the denominators of TRL's `loss_type`, in TRL's order of operations.
+
+    grpo, sapo: mean over rows of (row sum / row mask). bnpo: sum / mask sum. dr_grpo: sum / (B * max length).
+    luspo: mean over rows of row sums. dapo, cispo, vespo: sum / (num_items / steps_per_generation), where `num_items`
+    counts the loss tokens of the generation batch per process. Then divided by `accumulation`.
+
+    Raises ValueError for an unknown `loss_type`. Source: TRL.md section 4.
+    """
+    masked = per_token * mask
+    if loss_type in TOKEN_MEAN:
+        return masked.sum() / (num_items * accumulation / steps_per_generation)
+    if loss_type in SEQUENCE_MEAN:
+        loss = (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    elif loss_type == "bnpo":
+        loss = masked.sum() / mask.sum().clamp(min=1.0)
+    elif loss_type == "dr_grpo":
+        loss = masked.sum() / (per_token.size(0) * max_completion_length)
+    elif loss_type == "luspo":
+        loss = masked.sum(-1).mean()
+    else:
+        raise ValueError(f"loss_type '{loss_type}' is not one of {', '.join(LOSS_TYPES)}")
+    return loss / accumulation
+
+
+def top_k_mask(scores: Tensor, k: int, largest: bool = True) -> Tensor:
+    """(N,) -> (N,) bool: exactly k True (or N if fewer), the largest or the smallest scores; ties go to torch.topk."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[torch.topk(scores, min(k, scores.numel()), largest=largest, sorted=False).indices] = True
+    return mask
