@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,7 @@ STAGES = {
 }
 """Stage shown to people -> hooks, in the order in which a step passes them."""
 
+_BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
 _LOSS_HOOKS = ("token_advantages", "loss_mask", "token_weights", "surrogate", "aux_loss", "observe_loss", "kl_coef")
 _GROUP_HOOKS = ("shape_rewards", "group_advantages", "observe")
 
@@ -239,10 +241,7 @@ def _out_of_range(value: Any, rules: Mapping[str, Any]) -> str | None:
         return None
     if math.isnan(value):
         return "is not a number"
-    tests = {"ge": value >= (rules.get("ge") or 0), "gt": value > (rules.get("gt") or 0)}
-    tests |= {"le": value <= (rules.get("le") or 0), "lt": value < (rules.get("lt") or 0)}
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    for rule, holds in tests.items():
-        if rules.get(rule) is not None and not holds:
-            return f"{value} must be {signs[rule]} {rules[rule]}"
+    for rule, (sign, holds) in _BOUNDS.items():
+        if rules.get(rule) is not None and not holds(value, rules[rule]):
+            return f"{value} must be {sign} {rules[rule]}"
     return None
