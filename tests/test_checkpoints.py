@@ -122,7 +122,7 @@ def test_loading_executes_nothing(tmp_path):
             return (os.system, ("touch " + str(tmp_path / "boom"),))
 
     torch.save({"names": Bomb()}, tmp_path / "methods.pt")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         checkpoints.load(tmp_path / "methods.pt")
     assert not (tmp_path / "boom").exists()
 

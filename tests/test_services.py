@@ -32,13 +32,13 @@ class Probe(Method):
 def train(tmp_path, monkeypatch):
     """train(method class, model settings, trainer arguments) -> the trainer after training; SEEN is emptied."""
 
-    def run(cls, model=(), peft=None, quantization=None, **kwargs):
+    def run(cls, model=(), peft=None, nf4=False, **kwargs):
         SEEN.clear()
         monkeypatch.setitem(METHODS, "probe", cls)
         args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods="probe")
         path = tiny_path(**dict(model))
         trainer = trl_ext.GRPOTrainer(
-            path, letters_reward, args, prompts(), peft_config=peft, quantization_config=quantization
+            path, letters_reward, args, prompts(), peft_config=LORA[peft], quantization_config=NF4 if nf4 else None
         )
         trainer.train()
         return trainer
@@ -46,8 +46,11 @@ def train(tmp_path, monkeypatch):
     return run
 
 
-LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-LORA_AND_HEAD = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+LORA = {
+    None: None,
+    "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    "lora_and_head": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]),
+}
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
@@ -78,11 +81,11 @@ class FullDistribution(Probe):
         {"model": (("lm_head_multiplier", 0.5),)},
         {"model": (("tie_word_embeddings", True),)},
         {"cast_lm_head_to_fp32": True},
-        {"peft": LORA},
-        {"peft": LORA_AND_HEAD},
-        {"peft": LORA, "quantization": NF4},
+        {"peft": "lora"},
+        {"peft": "lora_and_head"},
+        {"peft": "lora", "nf4": True},
         {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "peft": LORA},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "peft": "lora"},
     ],
     ids=str,
 )
@@ -129,10 +132,7 @@ class Others(Probe):
         ids, mask = torch.tensor([[0, 0, 9, 8], [7, 6, 5, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
         everywhere = torch.ones_like(x.mask[rows]).bool()
         SEEN.append(
-            {
-                which: x.other(which, rows, ids, mask).log_probs_at(everywhere)
-                for which in (POLICY, TEACHER, REFERENCE)
-            }
+            {which: x.other(which, rows, ids, mask).log_probs_at(everywhere) for which in (POLICY, TEACHER, REFERENCE)}
             | {"ids": torch.cat([ids, x.completion_ids[rows]], 1), "attention": mask, "own": x.other(POLICY).hidden}
         )
         return None
@@ -146,7 +146,7 @@ def plain_log_probs(model, seen):
     return logits[:, 3:-1].log_softmax(-1).flatten(0, 1)
 
 
-@pytest.mark.parametrize("case", [{}, {"beta": 0.1}, {"peft": LORA}, {"peft": LORA_AND_HEAD}], ids=str)
+@pytest.mark.parametrize("case", [{}, {"beta": 0.1}, {"peft": "lora"}, {"peft": "lora_and_head"}], ids=str)
 def test_reference_teacher_and_policy(train, case):
     train(Others, max_steps=4, **case)
     start = AutoModelForCausalLM.from_pretrained(tiny_path())

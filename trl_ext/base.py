@@ -122,6 +122,11 @@ class MethodTrainer:
 
     # Metrics
 
+    def _metrics_store(self) -> Metrics:
+        if self._method_metrics is None:
+            self._method_metrics = Metrics()
+        return self._method_metrics
+
     def _note_loss(self, loss: Tensor) -> None:
         """Counts losses that are not finite: `logging_nan_inf_filter` would show an average in their place."""
         bad = (~torch.isfinite(loss.detach())).sum()

@@ -7,28 +7,24 @@ forward is remembered. Without a method each override hands straight through.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 
 from trl_ext import checkpoints, ops
-from trl_ext.base import MethodTrainer
-from trl_ext.compat import check_trl, multimodal_names
+from trl_ext.batch import images_of, loss_mask_of, replaced, whole
+from trl_ext.compat import check_trl
 from trl_ext.forward import Features, captured_hidden
-from trl_ext.method import HIDDEN, REFERENCE, TEACHER, Group, LossInput, Metrics, Rollout, Setup
+from trl_ext.method import HIDDEN, REFERENCE, TEACHER, LossInput, Setup
 from trl_ext.plan import PlanError, make_plan, normalise
+from trl_ext.rollout_hooks import RolloutHooks
 
 check_trl()
-_MULTIMODAL = multimodal_names()
 _CHOICES = {
     "loss_type": ops.LOSS_TYPES,
     "importance_sampling_level": ("token", "sequence"),
@@ -62,24 +58,13 @@ class GRPOConfig(trl.GRPOConfig):
         make_plan(self.methods, "grpo", Setup(self))
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """What reward functions saw and gave: local rows, and rewards (world * rows, F) before shaping."""
-
-    rows: Sequence[dict[str, Any]]
-    prompts: Sequence[Any]
-    completion_ids: Sequence[list[int]]
-    rewards: Tensor
-
-
-class GRPOTrainer(MethodTrainer, trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
     """Drop-in for `trl.GRPOTrainer`; `args.methods` names the papers. See `trl_ext.method` for what they may change.
 
     Raises PlanError before the model is loaded when the methods cannot run as configured.
     """
 
     _tag_names = [*trl.GRPOTrainer._tag_names, "trl-ext"]
-    _scored: _Scored | None = None
     _remembered: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
@@ -89,138 +74,8 @@ class GRPOTrainer(MethodTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             raise PlanError([f"{name}: runs a second forward, which is text-only so far" for name in users])
         self._start_methods(Setup(self.args, self.reward_func_names, self._columns(), self._engine()))
 
-    @functools.cached_property
-    def decode_one(self) -> Callable[[int], str]:
-        """Text of one token id, remembered: rollouts ask for the same few thousand ids over and over."""
-        return functools.cache(lambda token: self._tokenizer.decode([token], skip_special_tokens=True))
-
     def _columns(self) -> list[str] | None:
         return getattr(self.train_dataset, "column_names", None)
-
-    # Rollout
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not (self.plan.methods and self.model.training):
-            return super()._generate_and_score_completions(inputs)
-        for method in self.plan.using("edit_prompts"):
-            inputs = method.edit_prompts(inputs)
-        batch = super()._generate_and_score_completions(inputs)
-        scored, self._scored = self._scored, None
-        assert scored is not None  # TRL always calls _calculate_rewards
-        if self.plan.on_groups:
-            self._use_groups(batch, scored)
-        if self.plan.using("streams"):
-            self._add_streams(batch, scored)
-        return batch
-
-    def _calculate_rewards(
-        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
-    ) -> Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if not (self.plan.methods and self.model.training):
-            return rewards
-        self._scored = _Scored(inputs, prompts, completion_ids_list, rewards)
-        if not self.plan.using("shape_rewards"):
-            return rewards
-        group = self._group(self._scored, torch.zeros_like(rewards[:, 0]))
-        for i, name in enumerate(self.reward_func_names):
-            group.metrics.mean(f"rewards/{name}/unshaped", rewards[:, i].nan_to_num(), ~rewards[:, i].isnan())
-        return self.plan.fold("shape_rewards", group.rewards, group).flatten(0, 1)
-
-    def _group(self, scored: _Scored, advantages: Tensor) -> Group:
-        """`advantages` (world * rows,) -> the view in whole groups; lengths are gathered once."""
-        ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)  # TRL counts padding as an end too
-        device = scored.rewards.device
-        local = [[len(ids), int(not ids or ids[-1] not in ends)] for ids in scored.completion_ids]
-        lengths, cut = self.accelerator.gather(torch.tensor(local, device=device)).unbind(1)
-        size = self.args.num_generations
-        return Group(
-            rewards=scored.rewards.view(-1, size, len(self.reward_func_names)),
-            advantages=advantages.view(-1, size),
-            lengths=lengths.view(-1, size),
-            truncated=cut.view(-1, size).bool(),
-            reward_names=self.reward_func_names,
-            step=self.state.global_step,
-            metrics=self._metrics_store(),
-        )
-
-    def _metrics_store(self) -> Metrics:
-        if self._method_metrics is None:
-            self._method_metrics = Metrics()
-        return self._method_metrics
-
-    def _use_groups(self, batch: dict[str, Any], scored: _Scored) -> None:
-        group = self._group(scored, self.accelerator.gather(batch["advantages"]))
-        advantages = self.plan.fold("group_advantages", group.advantages, group)
-        if advantages is not group.advantages:
-            rows = len(scored.rows)
-            everyone = advantages.flatten()
-            batch["advantages"] = everyone[self.accelerator.process_index * rows :][:rows]
-            shown: Any = self._logs["advantages"]  # the completions table holds TRL's values for these rows
-            for _ in range(everyone.numel()):
-                shown.pop()
-            shown.extend(everyone.tolist())
-        for method in self.plan.using("observe"):
-            method.observe(group.for_method(method.name))
-
-    def _add_streams(self, batch: dict[str, Any], scored: _Scored) -> None:
-        rollout = self._rollout(batch, scored)
-        for method in self.plan.using("streams"):
-            for key, value in method.streams(rollout.for_method(method.name)).items():
-                if value.size(0) != len(scored.rows):
-                    raise ValueError(f"{method.name}: stream '{key}' has {value.size(0)} rows, not {len(scored.rows)}")
-                batch[f"{method.name}/{key}"] = value
-
-    def _rollout(self, batch: dict[str, Any], scored: _Scored) -> Rollout:
-        rows, start = len(scored.rows), self.accelerator.process_index * len(scored.rows)
-        return Rollout(
-            rows=scored.rows,
-            prompts=scored.prompts,
-            completions=self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True),
-            completion_ids=batch["completion_ids"],
-            mask=_loss_mask(batch),
-            rewards=scored.rewards[start : start + rows],
-            advantages=batch["advantages"],
-            reward_names=self.reward_func_names,
-            step=self.state.global_step,
-            pad_token_id=self._tokenizer.pad_token_id,
-            metrics=self._metrics_store(),
-            decode_one=self.decode_one,
-            encode_prompts=lambda prompts: self._tokenize_prompts(list(prompts))[0],
-            generate=self._answer,
-            entropies=lambda: self._entropies(batch),
-            gather=self._gather_values,
-        )
-
-    def _entropies(self, batch: dict[str, Any]) -> Tensor:
-        ids, mask = _whole(batch)
-        size = self.args.per_device_train_batch_size
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            _, entropies, _ = super()._get_per_token_logps_and_entropies(
-                self.model, ids, mask, batch["completion_ids"].size(1), size, compute_entropy=True, **_images(batch)
-            )
-        return entropies
-
-    def _answer(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
-        """Greedy answers of the current policy, thinking off, through TRL's own generation."""
-        ids = [
-            self._tokenizer.apply_chat_template(
-                p, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
-            )
-            for p in prompts
-        ]
-        with self._greedy(max_new_tokens):
-            completion_ids, _ = self._generate_single_turn(ids, None, {}, num_generations=1)
-        return self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-
-    def _greedy(self, max_new_tokens: int) -> contextlib.AbstractContextManager[None]:
-        """TRL's generation, answering greedily inside the block."""
-        if self.use_vllm:
-            return replaced(self.vllm_generation, max_completion_length=max_new_tokens, temperature=0.0)
-        sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))  # would only draw warnings
-        greedy = {**self.generation_kwargs, **sampling, "max_new_tokens": max_new_tokens, "do_sample": False}
-        config = type(self.generation_config)(**greedy, disable_compile=True)
-        return replaced(self, generation_config=config, generation_kwargs=greedy)
 
     # Loss
 
@@ -256,7 +111,7 @@ class GRPOTrainer(MethodTrainer, trl.GRPOTrainer):  # type: ignore[misc]
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> tuple[tuple[Tensor, Any, Any], Features | None]:
         """TRL's forward, once; its hidden states are kept when a method needs them."""
-        ids, mask = _whole(inputs)
+        ids, mask = whole(inputs)
         length = inputs["completion_ids"].size(1)
         wanted = HIDDEN in self.plan.needs()
         with captured_hidden(self._unwrapped(), length, wanted) as seen:
@@ -267,12 +122,12 @@ class GRPOTrainer(MethodTrainer, trl.GRPOTrainer):  # type: ignore[misc]
                 length,
                 compute_entropy=True,
                 compute_aux_loss=self.aux_loss_enabled,
-                **_images(inputs),
+                **images_of(inputs),
             )
         return forward, self._policy_features(torch.cat(seen)) if wanted else None
 
     def _loss_input(self, inputs: dict[str, Any], forward: Any, features: Features | None) -> LossInput:
-        mask = _loss_mask(inputs)
+        mask = loss_mask_of(inputs)
 
         def other(
             which: str, rows: Tensor | None = None, prompt_ids: Tensor | None = None, prompt_mask: Tensor | None = None
@@ -366,34 +221,6 @@ class GRPOTrainer(MethodTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             if content["buffer"] is not None:
                 device = self.accelerator.device
                 self._buffered_inputs = [_to(batch, device) for batch in content["buffer"]]  # type: ignore[assignment]
-
-
-@contextlib.contextmanager
-def replaced(target: Any, **values: Any) -> Iterator[None]:
-    """`target` has these attribute values inside the block and its own again afterwards, also after an error."""
-    own = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(target, name, value)
-
-
-def _whole(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Prompt and completion joined: ids and attention mask (B, L + T)."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-
-
-def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _images(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: inputs.get(name) for name in _MULTIMODAL}
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,213 @@
+"""Training data: sources, columns, templates, long prompts, and every way in which data cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from trl_ext.data import DataError, load_data, template_fields
+from trl_ext.recipe import Recipe, load_recipe
+
+ROWS = [{"problem": f"What is {i} + 1?", "expected": str(i + 1), "kind": "sum"} for i in range(6)]
+COLUMNS = {"prompt": "problem", "answer": "expected"}
+
+
+def recipe(tmp_path: Path, dataset: object, **keys: object) -> Recipe:
+    settings = {
+        "model_name_or_path": "somewhere",
+        "dataset_name": str(dataset),
+        "rewards": ["math_correct"],
+        "bf16": False,
+        "activation_checkpointing": False,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings | keys))
+    return load_recipe(str(path))
+
+
+def save(tmp_path: Path, ending: str, rows: list[dict] = ROWS, stem: str = "data") -> Path:
+    path = tmp_path / f"{stem}{ending}"
+    data = Dataset.from_list(rows)
+    if ending == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif ending == ".json":
+        path.write_text(json.dumps(rows))
+    elif ending == ".csv":
+        data.to_csv(path)
+    else:
+        data.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".csv"])
+def test_local_files_with_columns_mapped(tmp_path: Path, ending: str) -> None:
+    data = load_data(recipe(tmp_path, save(tmp_path, ending), columns=COLUMNS))
+    assert data.rows == 6
+    row = data.train[2]
+    assert row["prompt"] == [{"role": "user", "content": "What is 2 + 1?"}]
+    assert str(row["answer"]) == "3"
+    assert "expected" not in row and row["kind"] == "sum", "other columns stay for rewards and methods"
+    assert data.held_out is None and data.eval is None
+
+
+def test_a_folder_with_a_file_for_each_split(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    save(folder, ".jsonl", stem="train")
+    save(folder, ".jsonl", ROWS[:4], stem="test")
+    data = load_data(recipe(tmp_path, folder, columns=COLUMNS, eval_strategy="steps", eval_rows=3))
+    assert data.rows == 6 and len(data.eval) == 3
+    assert data.eval[0]["prompt"] == [{"role": "user", "content": "What is 0 + 1?"}]
+
+
+def test_a_folder_with_one_file_is_the_train_split(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    save(folder, ".parquet", stem="anything")
+    assert load_data(recipe(tmp_path, folder, columns=COLUMNS)).rows == 6
+    save(folder, ".csv", stem="more")
+    with pytest.raises(DataError, match="2 data files of 2 formats"):
+        load_data(recipe(tmp_path, folder, columns=COLUMNS))
+
+
+def test_the_sandbox_with_options_and_held_out_problems(tmp_path: Path) -> None:
+    options = {"n": 12, "difficulty": {"1": 1.0}, "seed": 3}
+    data = load_data(recipe(tmp_path, "sandbox/math", dataset_options=options, rewards=["answer_correct"], eval_rows=7))
+    assert data.rows == 12 and set(data.train["level"]) == {1}
+    assert len(data.held_out) == 7 and set(data.held_out["level"]) == {1}
+    assert not set(data.train["problem"]) & set(data.held_out["problem"])
+    without = load_data(recipe(tmp_path, "sandbox/math", dataset_options=options, rewards=["answer_correct"], eval_rows=0))
+    assert without.held_out is None
+    with pytest.raises(DataError, match="unknown 'level', did you mean"):
+        load_data(recipe(tmp_path, "sandbox/math", dataset_options={"level": 1, "n": 2, "levels": 3}))
+
+
+def test_a_mixture_goes_through_trl(tmp_path: Path) -> None:
+    first, second = save(tmp_path, ".jsonl"), save(tmp_path, ".jsonl", ROWS[:2], stem="second")
+    mixture = [{"path": "json", "data_files": str(f), "columns": ["problem", "expected"]} for f in (first, second)]
+    made = recipe(tmp_path, "x", datasets=mixture, dataset_name=None, columns=COLUMNS)
+    assert load_data(made).rows == 8
+
+
+def test_streaming(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path, save(tmp_path, ".jsonl"), columns=COLUMNS, dataset_streaming=True, max_train_rows=4, max_prompt_tokens=99
+    )
+    data = load_data(made, count_tokens=lambda prompt: 100 if "2 + 1" in prompt[0]["content"] else 1)
+    assert data.rows is None and data.dropped is None
+    assert [row["answer"] for row in data.train] == ["1", "2", "4", "5"]
+
+
+def test_template_and_system_prompt(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path,
+        save(tmp_path, ".jsonl"),
+        columns={"answer": "expected"},
+        prompt_template="{problem} ({kind}, {answer}) {{}}",
+        system_prompt="Be brief.",
+    )
+    assert load_data(made).train[1]["prompt"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 1 + 1? (sum, 2) {}"},
+    ]
+
+
+def test_a_prompt_of_messages_stays_and_keeps_its_own_system_turn(tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
+    other = [{"role": "user", "content": "Hi"}]
+    file = save(tmp_path, ".jsonl", [{"prompt": own, "answer": "1"}, {"prompt": other, "answer": "1"}])
+    train = load_data(recipe(tmp_path, file, system_prompt="Ours.")).train
+    assert train[0]["prompt"] == own
+    assert train[1]["prompt"] == [{"role": "system", "content": "Ours."}, *other]
+
+
+def test_a_mapped_column_replaces_one_of_the_same_name(tmp_path: Path) -> None:
+    rows = [{"prompt": "wrong", "problem": "right", "answer": "wrong", "expected": "right"}]
+    row = load_data(recipe(tmp_path, save(tmp_path, ".jsonl", rows), columns=COLUMNS)).train[0]
+    assert row["prompt"][0]["content"] == "right" and row["answer"] == "right"
+
+
+def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
+    made = recipe(tmp_path, save(tmp_path, ".jsonl"), columns=COLUMNS, max_prompt_tokens=10, max_train_rows=3)
+    data = load_data(made, count_tokens=lambda prompt: 10 + int(prompt[0]["content"][8]) % 2)
+    assert data.dropped == 3 and data.rows == 3
+    assert data.train["answer"] == ["1", "3", "5"]
+    with pytest.raises(DataError, match="all 6 prompts are longer than max_prompt_tokens 10"):
+        load_data(made, count_tokens=lambda prompt: 11)
+    assert load_data(made).dropped is None, "a dry run has no tokenizer"
+
+
+def test_preference_pairs_become_messages(tmp_path: Path) -> None:
+    rows = [{"question": "Hi?", "good": "Hello.", "bad": "No."}]
+    made = recipe(
+        tmp_path,
+        save(tmp_path, ".jsonl", rows),
+        trainer="dpo",
+        rewards=None,
+        columns={"prompt": "question", "chosen": "good", "rejected": "bad"},
+    )
+    row = load_data(made).train[0]
+    assert row["prompt"] == [{"role": "user", "content": "Hi?"}]
+    assert row["chosen"] == [{"role": "assistant", "content": "Hello."}]
+    assert row["rejected"] == [{"role": "assistant", "content": "No."}]
+
+
+def test_pairs_that_hold_their_prompt_are_left_to_trl(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi?"}]
+    rows = [{"chosen": [*turns, {"role": "assistant", "content": c}], "rejected": turns} for c in "ab"]
+    made = recipe(tmp_path, save(tmp_path, ".jsonl", rows), trainer="dpo", rewards=None)
+    assert load_data(made).train.column_names == ["chosen", "rejected"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, r"reward 'math_correct' reads the column 'answer' or 'solution', the data set has: problem, expected, kind"),
+        ({"columns": {"prompt": "problm", "answer": "expected"}}, r"no column 'problm', did you mean 'problem'\?"),
+        ({"columns": {"answer": "expected"}}, r"there is no column 'prompt'.*the data set has: problem, expected, kind"),
+        ({"columns": COLUMNS, "prompt_template": "{question}"}, r"prompt_template: there is no column 'question'"),
+        ({"columns": COLUMNS, "dataset_train_split": "trian"}, r"x"),
+        ({"columns": COLUMNS, "eval_strategy": "steps"}, r"no split 'test' \(it has: train\)"),
+        ({"trainer": "dpo", "rewards": None, "columns": {"prompt": "problem"}}, r"the dpo trainer: there is no column 'chosen'"),
+    ],
+)
+def test_data_that_does_not_fit(tmp_path: Path, keys: dict, message: str) -> None:
+    made = recipe(tmp_path, save(tmp_path, ".jsonl"), **keys)
+    if keys.get("dataset_train_split"):  # a single file is whatever split was asked for
+        assert load_data(made).rows == 6
+        return
+    with pytest.raises(DataError, match=message):
+        load_data(made)
+
+
+@pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>5}", "{}", "{0}", "{a", "{__class__.x}"])
+def test_a_template_can_only_name_columns(template: str) -> None:
+    with pytest.raises(DataError, match="prompt_template"):
+        template_fields(template)
+
+
+def test_an_empty_file_and_an_empty_stream(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl is empty"):
+        load_data(recipe(tmp_path, empty))
+    header = tmp_path / "header.csv"
+    header.write_text("prompt,answer\n")
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="empty"):
+            load_data(recipe(tmp_path, header, dataset_streaming=streaming))
+
+
+def test_a_source_that_cannot_be_read(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    with pytest.raises(DataError, match=r"is not one of \.jsonl"):
+        load_data(recipe(tmp_path, text))
+    with pytest.raises(DataError, match="cannot load the data set 'nobody/nothing'"):
+        load_data(recipe(tmp_path, "nobody/nothing"))
+    with pytest.raises(DataError, match=r"cannot load the data set 'sandbox/maths'|unknown kind"):
+        load_data(recipe(tmp_path, "sandbox/maths"))

@@ -1,0 +1,208 @@
+"""Rewards: the check around each, the table, and final answers against math-verify in a process that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+import pytest
+import torch
+
+from trl_ext.rewards import REWARDS, RewardError, checked, make_reward
+from trl_ext.rewards.math import equal, exact_value, final_answer, make_math_correct
+from trl_ext.rewards.math_process import MathProcess
+from trl_ext.rewards.registry import columns_of
+
+LONG = "x" * 500
+
+
+def returns(values: object):
+    def reward(completions: list, **kwargs: object) -> object:
+        return values
+
+    return reward
+
+
+def test_a_good_reward_passes_as_it_is_and_keeps_its_name() -> None:
+    def my_reward(prompts: list, completions: list, answer: list, **kwargs: object) -> list:
+        return [1, None, torch.tensor(0.5), True]
+
+    wrapped = checked(my_reward)
+    result = wrapped(prompts=["p"] * 4, completions=list("abcd"), completion_ids=[[1]] * 4, answer=list("abcd"))
+    assert result == [1.0, None, 0.5, 1.0]
+    assert wrapped.__name__ == "my_reward"
+    assert columns_of(wrapped) == [("answer",)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "returned 1 values for 2 completions"),
+        ([1.0, math.nan], "gave nan for row 1"),
+        ([math.inf, 1.0], "gave inf for row 0"),
+        ([1.0, "good"], "gave 'good', which is no number for row 1"),
+        ([1.0, 1j], "no number for row 1"),
+        (0.5, "returned float, not a list"),
+        ("12", "returned str, not a list"),
+        (None, "returned NoneType, not a list"),
+    ],
+)
+def test_a_bad_result_names_function_row_and_completion(values: object, message: str) -> None:
+    with pytest.raises(RewardError, match="reward 'reward'") as caught:
+        checked(returns(values))(completions=["first", LONG])
+    assert message in str(caught.value)
+    assert "x" * 201 not in str(caught.value), "at most 200 characters of a completion"
+    if "row 1" in message:
+        assert "x" * 200 in str(caught.value)
+
+
+def test_a_reward_that_raises_names_itself_and_keeps_its_cause() -> None:
+    def broken(completions: list, **kwargs: object) -> list:
+        raise KeyError("gold")
+
+    with pytest.raises(RewardError, match="reward 'broken' raised KeyError: 'gold'") as caught:
+        checked(broken)(completions=[[{"role": "assistant", "content": "hello"}]])
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert "'hello'" in str(caught.value)
+
+
+def test_none_for_a_whole_batch_is_refused_until_something_was_judged() -> None:
+    values: list = [None, None]
+    reward = checked(lambda completions, **kwargs: values)
+    with pytest.raises(RewardError, match=r"None for all 2 completions.*columns"):
+        reward(completions=["a", "b"])
+    values = [None, 1.0]
+    assert reward(completions=["a", "b"]) == [None, 1.0]
+    values = [None, None]
+    assert reward(completions=["a", "b"]) == [None, None], "a batch may hold no row of this reward's task"
+
+
+def test_an_async_reward_stays_async_and_is_checked() -> None:
+    async def later(completions: list, **kwargs: object) -> list:
+        return [math.nan]
+
+    wrapped = checked(later)
+    assert asyncio.iscoroutinefunction(wrapped)
+    with pytest.raises(RewardError, match="'later' gave nan"):
+        asyncio.run(wrapped(completions=["a"]))
+
+
+def test_the_table() -> None:
+    for name in REWARDS:
+        if name not in ("get_cosine_scaled_reward", "get_repetition_penalty_reward"):  # these take settings
+            assert callable(make_reward(name))
+    repetition = make_reward("get_repetition_penalty_reward", {"ngram_size": 2, "max_penalty": -1.0})
+    # bigrams of 1 1 1: (1 1), (1 1); one of two is new, so half of the penalty
+    assert repetition(completions=["a a a"], completion_ids=[[1, 1, 1]]) == [-0.5]
+    with pytest.raises(ValueError, match=r"unexpected keyword argument 'ngram'.*ngram_size"):
+        make_reward("get_repetition_penalty_reward", {"ngram": 2})
+
+
+def test_a_dotted_name_with_settings_is_called_with_them() -> None:
+    reward = make_reward("tests.test_rewards.scaled", {"factor": 3})
+    assert reward.__name__ == "scaled"
+    assert reward(completions=["a", "bb"]) == [3.0, 6.0]
+    assert columns_of(reward) == []
+    with pytest.raises(ValueError, match="is not a function"):
+        make_reward("math.pi")
+
+
+def scaled(completions: list, factor: float = 1.0, **kwargs: object) -> list[float]:
+    return [factor * len(text) for text in completions]
+
+
+# Mathematics
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{42}", "42"),
+        (r"first \boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{a{b}c}", "a{b}c"),
+        (r"\boxed{1", None),
+        ("She pays 3 and 4.\n#### 1,234", "1,234"),
+        ("Work.\nThe answer is $7$.", "7"),
+        ("answer: 12\nmore text", "12"),
+        ("42", "42"),
+        ("I take 42 and\nthen 17 more", None),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+        (r"<think> it must be \boxed{1}", None),
+        ("", None),
+        (r"\boxed{" + "1+" * 200 + "1}", None),
+    ],
+)
+def test_final_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1,234", 1234), ("-0.50", -0.5), (r"\frac{3}{4}", 0.75), ("-3/4", -0.75), (".5", 0.5), ("12,34", None)]
+    + [("1/0", None), ("9" * 40, None), ("x", None), ("1e5", None), ("", None)],
+)
+def test_exact_value(text: str, value: float | None) -> None:
+    found = exact_value(text)
+    assert found is None if value is None else float(found) == value
+
+
+@pytest.fixture(scope="module")
+def process():
+    process = MathProcess(seconds=2.0)
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("17", "17.0", True),
+        ("16", "17", False),
+        (r"2\sqrt{2}", r"\sqrt{8}", True),
+        (r"2\sqrt{3}", r"\sqrt{8}", False),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("0.333333", "1/3", True),
+        ("0.3", "1/3", False),
+        ("(1,2)", "(1,2)", True),
+        (r"50\%", "0.5", True),
+        ("", "3", False),
+        ("3", "}{", None),
+        ("9" * 50, r"\sqrt{2}", False),
+    ],
+)
+def test_equal(answer: str, gold: str, same: bool | None, process: MathProcess) -> None:
+    assert equal(answer, gold, process) is same
+
+
+@pytest.mark.parametrize("bomb", ["9^{9^{9^{9^{9}}}}", "100000000!", r"\binom{10^9}{10^8}"])
+def test_an_answer_that_never_ends_costs_its_time_and_nothing_more(bomb: str) -> None:
+    process = MathProcess(seconds=0.5)
+    assert process.verify("1", r"\sqrt{1}") is True
+    started = time.perf_counter()
+    assert process.verify(bomb, r"\sqrt{2}") is False
+    assert time.perf_counter() - started < 10
+    assert process.verify(r"2\sqrt{2}", r"\sqrt{8}") is True, "the next answer finds a new worker"
+    worker = process._worker
+    assert worker is not None
+    process.close()
+    assert worker.poll() is not None, "no worker is left behind"
+
+
+def test_a_worker_that_died_is_replaced(process: MathProcess) -> None:
+    process.verify("1", "1+0")
+    assert process._worker is not None
+    process._worker.kill()
+    process._worker.wait()
+    assert process.verify("1", "1+0") is True
+
+
+def test_math_correct_reads_either_column_and_leaves_rows_without_gold_out() -> None:
+    reward = make_math_correct()
+    chat = [[{"role": "assistant", "content": r"\boxed{4}"}], [{"role": "assistant", "content": "five\nor so"}], "4"]
+    assert reward(chat, answer=["4", "5", None]) == [1.0, 0.0, None]
+    assert reward(chat, solution=["2+2. #### 4", r"\boxed{5}", ""]) == [1.0, 0.0, None]
+    assert reward(chat) == [None, None, None]
+    assert columns_of(reward) == [("answer", "solution")]
+    with pytest.raises(ValueError, match="seconds must be above 0"):
+        make_math_correct(seconds=0)

@@ -1,0 +1,168 @@
+"""The rollout side of the GRPO trainer: prompts, rewards, groups and streams, right after TRL has scored them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+
+from trl_ext.base import MethodTrainer
+from trl_ext.batch import images_of, loss_mask_of, replaced, whole
+from trl_ext.method import Group, Rollout
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What reward functions saw and gave: local rows, and rewards (world * rows, F) before shaping."""
+
+    rows: Sequence[dict[str, Any]]
+    prompts: Sequence[Any]
+    completion_ids: Sequence[list[int]]
+    rewards: Tensor
+
+
+class RolloutHooks(MethodTrainer):
+    """Mixin in front of TRL's GRPOTrainer. Groups are whole only here: TRL shuffles rows before the loss."""
+
+    _scored: Scored | None = None
+
+    # Set by TRL's trainer
+    _logs: dict[str, Any]
+    _tokenizer: Any
+    _tokenize_prompts: Any
+    _generate_single_turn: Any
+    eos_token_ids: list[int]
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
+    reward_func_names: list[str]
+    use_vllm: bool
+    vllm_generation: Any
+
+    @functools.cached_property
+    def decode_one(self) -> Callable[[int], str]:
+        """Text of one token id, remembered: rollouts ask for the same few thousand ids over and over."""
+        return functools.cache(lambda token: self._tokenizer.decode([token], skip_special_tokens=True))
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not (self.plan.methods and self.model.training):
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        for method in self.plan.using("edit_prompts"):
+            inputs = method.edit_prompts(inputs)
+        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        scored, self._scored = self._scored, None
+        assert scored is not None  # TRL always calls _calculate_rewards
+        if self.plan.on_groups:
+            self._use_groups(batch, scored)
+        if self.plan.using("streams"):
+            self._add_streams(batch, scored)
+        return batch
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        if not (self.plan.methods and self.model.training):
+            return rewards
+        self._scored = Scored(inputs, prompts, completion_ids_list, rewards)
+        if not self.plan.using("shape_rewards"):
+            return rewards
+        group = self._group(self._scored, torch.zeros_like(rewards[:, 0]))
+        for i, name in enumerate(self.reward_func_names):
+            group.metrics.mean(f"rewards/{name}/unshaped", rewards[:, i].nan_to_num(), ~rewards[:, i].isnan())
+        return self.plan.fold("shape_rewards", group.rewards, group).flatten(0, 1)
+
+    def _group(self, scored: Scored, advantages: Tensor) -> Group:
+        """`advantages` (world * rows,) -> the view in whole groups; lengths are gathered once."""
+        ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)  # TRL counts padding as an end too
+        device = scored.rewards.device
+        local = [[len(ids), int(not ids or ids[-1] not in ends)] for ids in scored.completion_ids]
+        lengths, cut = self.accelerator.gather(torch.tensor(local, device=device)).unbind(1)
+        size = self.args.num_generations
+        return Group(
+            rewards=scored.rewards.view(-1, size, len(self.reward_func_names)),
+            advantages=advantages.view(-1, size),
+            lengths=lengths.view(-1, size),
+            truncated=cut.view(-1, size).bool(),
+            reward_names=self.reward_func_names,
+            step=self.state.global_step,
+            metrics=self._metrics_store(),
+        )
+
+    def _use_groups(self, batch: dict[str, Any], scored: Scored) -> None:
+        group = self._group(scored, self.accelerator.gather(batch["advantages"]))
+        advantages = self.plan.fold("group_advantages", group.advantages, group)
+        if advantages is not group.advantages:
+            rows = len(scored.rows)
+            everyone = advantages.flatten()
+            batch["advantages"] = everyone[self.accelerator.process_index * rows :][:rows]
+            shown: Any = self._logs["advantages"]  # the completions table holds TRL's values for these rows
+            for _ in range(everyone.numel()):
+                shown.pop()
+            shown.extend(everyone.tolist())
+        for method in self.plan.using("observe"):
+            method.observe(group.for_method(method.name))
+
+    def _add_streams(self, batch: dict[str, Any], scored: Scored) -> None:
+        rollout = self._rollout(batch, scored)
+        for method in self.plan.using("streams"):
+            for key, value in method.streams(rollout.for_method(method.name)).items():
+                if value.size(0) != len(scored.rows):
+                    raise ValueError(f"{method.name}: stream '{key}' has {value.size(0)} rows, not {len(scored.rows)}")
+                batch[f"{method.name}/{key}"] = value
+
+    def _rollout(self, batch: dict[str, Any], scored: Scored) -> Rollout:
+        rows, start = len(scored.rows), self.accelerator.process_index * len(scored.rows)
+        return Rollout(
+            rows=scored.rows,
+            prompts=scored.prompts,
+            completions=self._tokenizer.batch_decode(scored.completion_ids, skip_special_tokens=True),
+            completion_ids=batch["completion_ids"],
+            mask=loss_mask_of(batch),
+            rewards=scored.rewards[start : start + rows],
+            advantages=batch["advantages"],
+            reward_names=self.reward_func_names,
+            step=self.state.global_step,
+            pad_token_id=self._tokenizer.pad_token_id,
+            metrics=self._metrics_store(),
+            decode_one=self.decode_one,
+            encode_prompts=lambda prompts: self._tokenize_prompts(list(prompts))[0],
+            generate=self._answer,
+            entropies=lambda: self._entropies(batch),
+            gather=self._gather_values,
+        )
+
+    def _entropies(self, batch: dict[str, Any]) -> Tensor:
+        ids, mask = whole(batch)
+        size = self.args.per_device_train_batch_size
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            _, entropies, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                self.model, ids, mask, batch["completion_ids"].size(1), size, compute_entropy=True, **images_of(batch)
+            )
+        return entropies
+
+    def _answer(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        """Greedy answers of the current policy, thinking off, through TRL's own generation."""
+        ids = [
+            self._tokenizer.apply_chat_template(
+                p, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
+            )
+            for p in prompts
+        ]
+        with self._greedy(max_new_tokens):
+            completion_ids, _ = self._generate_single_turn(ids, None, {}, num_generations=1)
+        return self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+    def _greedy(self, max_new_tokens: int) -> contextlib.AbstractContextManager[None]:
+        """TRL's generation, answering greedily inside the block."""
+        if self.use_vllm:
+            return replaced(self.vllm_generation, max_completion_length=max_new_tokens, temperature=0.0)
+        sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))  # would only draw warnings
+        greedy = {**self.generation_kwargs, **sampling, "max_new_tokens": max_new_tokens, "do_sample": False}
+        config = type(self.generation_config)(**greedy, disable_compile=True)
+        return replaced(self, generation_config=config, generation_kwargs=greedy)
