@@ -314,7 +314,7 @@ def test_resume_is_exact(tmp_path, lora):
     with pytest.raises(CheckpointError, match=r"trained with methods \['logistic', 'anchor'\]"):
         make(tmp_path / "part", **settings | {"methods": "anchor", "loss_type": "sigmoid"}).train(True)
     card = (tmp_path / "whole/README.md").read_text()
-    assert "- `logistic`: A paper, [arXiv 2305.18290]" in card and "`use_state=True`" in card
+    assert "- trl-ext" in card and "- `logistic`: A paper, [arXiv 2305.18290]" in card and "`use_state=True`" in card
 
 
 def test_metrics_and_evaluation(tmp_path):
@@ -379,6 +379,14 @@ def test_loss_that_is_not_finite_is_reported(tmp_path, monkeypatch, caplog):
 def test_configurations_that_cannot_run(tmp_path, kwargs, message):
     with pytest.raises(PlanError, match=message):
         DPOConfig(**dpo_args(str(tmp_path), **kwargs))
+
+
+@pytest.mark.parametrize("methods", ["{logistic: {use_state: true}}", '\'{"logistic": {"use_state": true}}\''])
+def test_a_recipe_of_trl_takes_methods(tmp_path, methods):
+    lines = [f"output_dir: {tmp_path}", "bf16: false", "loss_type: [sft, logistic]", f"methods: {methods}"]
+    (tmp_path / "dpo.yaml").write_text("\n".join(lines))
+    (args,) = trl.TrlParser((DPOConfig,)).parse_args_and_config(["--config", str(tmp_path / "dpo.yaml")])
+    assert args.methods == {"logistic": {"use_state": True}} and args.loss_type == ["sft", "logistic"]
 
 
 def test_all_problems_at_once(tmp_path):

@@ -138,3 +138,9 @@ def test_vllm_as_the_recipe_describes_it(name: str, gib: int) -> None:
     vllm = ("--use_vllm", "true", "--vllm_mode", "colocate", "--vllm_gpu_memory_utilization", "0.3")
     recipe = load(name, *vllm, "--steps_per_generation", "128")
     assert memory.predict(recipe).fits(gib) == []
+
+
+def test_the_sandbox_model_needs_no_download() -> None:
+    prediction = memory.predict(load_recipe(str(FOLDER / "sandbox_trace.yaml")))
+    assert prediction.notes == ("max_prompt_tokens is not set: prompts of 64 tokens assumed",)
+    assert prediction.total < 4 * memory.GIB

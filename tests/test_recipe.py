@@ -93,7 +93,15 @@ def test_values_get_the_type_of_their_field(tmp_path: Path) -> None:
 
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, methods=["high_entropy"], log_completions=True)
-    words = "--max-steps 3 --learning_rate=2e-3 --no_log_completions --use_peft --reward_weights 0.25".split()
+    words = [
+        "--max-steps",
+        "3",
+        "--learning_rate=2e-3",
+        "--no_log_completions",
+        "--use_peft",
+        "--reward_weights",
+        "0.25",
+    ]
     words += ["--methods.trace.weight", "0.3", "--methods.trace.clip", "none", "--methods.trace.annotator", "sandbox"]
     words += ["--lora_target_modules", "q_proj", "v_proj", "--chat_template_kwargs", '{"x": true}']
     recipe = load_recipe(path, words)
@@ -114,7 +122,7 @@ def test_a_dotted_key_alone_switches_a_method_or_a_reward_on(tmp_path: Path) -> 
 
 
 def test_read_overrides_by_hand() -> None:
-    assert read_overrides("--a 1 --b --c.d none --e x y --f=-1".split()) == [
+    assert read_overrides(["--a", "1", "--b", "--c.d", "none", "--e", "x", "y", "--f=-1"]) == [
         (["a"], "1"),
         (["b"], True),
         (["c", "d"], "none"),
@@ -144,7 +152,10 @@ def test_all_problems_at_once_with_file_key_and_suggestion(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"save_strategy": "stepz"}, "save_strategy: 'stepz' is not one of no, steps, epoch, best, did you mean 'steps'?"),
+        (
+            {"save_strategy": "stepz"},
+            "save_strategy: 'stepz' is not one of no, steps, epoch, best, did you mean 'steps'?",
+        ),
         ({"dtype": "bf16"}, "dtype: 'bf16' is not one of auto, bfloat16, float16, float32"),
         ({"use_peft": "maybe"}, "use_peft: expected bool, got 'maybe'"),
         ({"max_steps": 1.5}, "max_steps: expected int, got 1.5"),
@@ -152,7 +163,10 @@ def test_all_problems_at_once_with_file_key_and_suggestion(tmp_path: Path) -> No
         ({"trainer": "grop"}, "trainer: 'grop' is not one of grpo, dpo, did you mean 'grpo'?"),
         ({"rewards": None}, "rewards: name at least one reward"),
         ({"rewards": 3}, "rewards: expected a name, a list of names or a mapping"),
-        ({"rewards": {"math_correct": {"second": 1}}}, "rewards: math_correct: got an unexpected keyword argument 'second'"),
+        (
+            {"rewards": {"math_correct": {"second": 1}}},
+            "rewards: math_correct: got an unexpected keyword argument 'second'",
+        ),
         ({"rewards": ["no_module_x.f"]}, "rewards: no_module_x.f: cannot import 'no_module_x.f'"),
         ({"reward_funcs": ["answer_correct"]}, "rewards: two rewards are called 'answer_correct'"),
         ({"reward_weights": [1, 2]}, "reward_weights: 2 weights for 1 rewards"),
@@ -184,7 +198,9 @@ def test_dpo_keys_are_not_grpo_keys(tmp_path: Path) -> None:
     found = problems(tmp_path, trainer="dpo", num_generations=4)
     assert any(p.startswith("unknown key 'num_generations'") for p in found)
     assert any(p.startswith("rewards: the dpo trainer") for p in found)
-    recipe = load_recipe(write(tmp_path, trainer="dpo", rewards=None, loss_type=["sigmoid"], dataset_name="sandbox/preference"))
+    recipe = load_recipe(
+        write(tmp_path, trainer="dpo", rewards=None, loss_type=["sigmoid"], dataset_name="sandbox/preference")
+    )
     assert recipe.trainer == "dpo" and recipe.training_args.loss_type == ["sigmoid"]
 
 

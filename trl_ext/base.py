@@ -127,10 +127,12 @@ class MethodTrainer:
             self._method_metrics = Metrics()
         return self._method_metrics
 
-    def _note_loss(self, loss: Tensor) -> None:
-        """Counts losses that are not finite: `logging_nan_inf_filter` would show an average in their place."""
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's step. Losses that are not finite are counted: `logging_nan_inf_filter` shows an average in their place."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         bad = (~torch.isfinite(loss.detach())).sum()
         self._loss_not_finite = bad if self._loss_not_finite is None else self._loss_not_finite + bad
+        return loss
 
     def _reduce_metrics(self) -> None:
         """Adds the methods' means over all ranks to TRL's metrics: one collective for all of them."""

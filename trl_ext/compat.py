@@ -14,7 +14,10 @@ _GRPO_SEAMS = {
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
-_DPO_SEAMS = {"_compute_loss": ("self", "model", "inputs", "return_outputs")}
+_DPO_SEAMS = {
+    "_compute_loss": ("self", "model", "inputs", "return_outputs"),
+    "compute_ref_log_probs": ("self", "model", "inputs"),
+}
 _FORWARD_HEAD = ("self", "model", "input_ids", "attention_mask", "logits_to_keep")
 _FORWARD_KNOWN = (*_FORWARD_HEAD, "batch_size", "compute_entropy", "compute_aux_loss")
 

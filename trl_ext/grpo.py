@@ -84,12 +84,6 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
             return self._remembered
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's step; a loss that is not finite is counted, since the logged average would hide it."""
-        loss = super().training_step(*args, **kwargs)
-        self._note_loss(loss)
-        return loss
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not (self.model.training and self.plan.in_loss):
             return super()._compute_loss(model, inputs)

@@ -244,6 +244,9 @@ class Method:
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method -> why the two do not go together and which flag resolves it; shown to the user."""
 
+    headline: ClassVar[tuple[str, ...]] = ()
+    """The metrics to show first while training, without the method's name."""
+
     state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Tensors and numbers that a checkpoint must hold; changed in `observe` and `observe_loss` only."""
 

@@ -75,6 +75,7 @@ class HighEntropy(Method):
         "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning"
     )
     paper = "2506.01939"
+    headline = ("threshold", "kept_fraction")
 
     quantile: float = param(
         0.8, "tokens below this entropy quantile drop out; kept share rho = 1 - it", source="card: paper", ge=0, lt=1

@@ -104,6 +104,7 @@ class Trace(Method):
     title = "TRACE: Distilling Where It Matters via Token-Routed Self On-Policy Alignment"
     paper = "2605.10194"
     owns = ("teacher",)
+    headline = ("lambda", "rkl_on_spans", "fkl_on_spans", "span_coverage")
 
     action: str = param(
         "fkl_key",

@@ -1,0 +1,159 @@
+"""Learning curves on the sandbox against plain GRPO at equal rollouts: `python -m tests.bench.learning --methods trace`.
+
+Each run is a process with one thread that trains once (`learning_run`) from the recipe `sandbox_trace`, its methods
+replaced by the arm's; seeds change data order and sampling, the warm-started model is the same. Finished runs are kept
+in OUT/runs and not repeated, so an interrupted bench goes on where it stopped. All arms, plain GRPO too, carry the span
+probe (`probe`), which changes nothing. Arms: a method's name, or several joined by "+".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.bench.common import RESULTS, ROOT, machine, machine_text, quiet, say, write_json
+
+quiet()
+
+from tests.bench import learning_report, plots  # noqa: E402 - after the environment is set
+from tests.bench.learning_report import BASELINE, Run  # noqa: E402
+from tests.bench.learning_run import RECIPE, RunSettings  # noqa: E402
+from trl_ext.recipe import load_recipe  # noqa: E402
+from trl_ext.sandbox import ensure_model  # noqa: E402
+
+ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "trace": {"all tokens": {"spans": "all"}, "random spans": {"spans": "random"}},
+    "high_entropy": {"lowest": {"lowest": True}},
+}
+"""Method -> name of the ablation -> the settings that it changes: the cards' controls."""
+QUICK = {"steps": 4, "eval_every": 2, "eval_rows": 40, "seeds": 2}
+QUICK_OVERRIDES = ("--per_device_train_batch_size", "32", "--max_completion_length", "48")
+Go = Callable[[RunSettings], Run]
+
+
+def settings_of(method: str, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's settings in its own sandbox recipe, or its defaults, with `changed` over them."""
+    recipe = ROOT / "recipes" / f"sandbox_{method}.yaml"
+    own = load_recipe(str(recipe)).raw["methods"][method] if recipe.exists() else None
+    return {**(own or {}), **changed}
+
+
+def arms(methods: Sequence[str], ablations: bool, changed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Arm -> `methods` mapping; plain GRPO comes first."""
+    found: dict[str, Any] = {BASELINE: {}}
+    for arm in methods:
+        parts = {name: settings_of(name, changed.get(name, {})) for name in arm.split("+")}
+        found[arm] = parts
+        if ablations and len(parts) == 1:
+            for label, control in ABLATIONS.get(arm, {}).items():
+                found[f"{arm}, {label}"] = {arm: {**parts[arm], **control}}
+    return found
+
+
+def place(folder: Path, settings: RunSettings) -> Path:
+    """The file of a run: its name tells arm and seed, its hash everything else."""
+    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    words = re.sub(r"[^a-z0-9]+", "-", settings.arm.lower()).strip("-")
+    return folder / "runs" / f"{words}-seed{settings.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+
+
+def in_process(settings: RunSettings) -> Run:
+    """One run in a process of its own, with one thread. RuntimeError with the end of its output if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, out = Path(folder) / "settings.json", Path(folder) / "run.json"
+        write_json(asked, dataclasses.asdict(settings))
+        command = [sys.executable, "-m", "tests.bench.learning_run", str(asked), str(out)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{settings.arm}, seed {settings.seed}, failed:\n{done.stderr[-3000:]}")
+        return json.loads(out.read_text())
+
+
+def run_all(wanted: Sequence[RunSettings], folder: Path, jobs: int, go: Go) -> list[Run]:
+    """Runs what is not stored yet, `jobs` at a time; each result is stored as soon as it is there."""
+
+    def one(settings: RunSettings) -> Run:
+        path = place(folder, settings)
+        if path.exists():
+            return json.loads(path.read_text())
+        found = go(settings)
+        write_json(path, found)
+        say(
+            f"{settings.arm}, seed {settings.seed}: {found['seconds']:.0f} s ({found['cpu_seconds']:.0f} s of processor)"
+        )
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, wanted))
+
+
+def bench(
+    chosen: Mapping[str, Any], seeds: int, folder: Path, jobs: int, go: Go = in_process, **settings: Any
+) -> dict[str, Any]:
+    """All arms and seeds -> the result with tables and verdict; the picture beside it. Seed by seed, so that what an
+    interrupted bench has finished is comparable."""
+    wanted = [RunSettings(arm, methods, seed, **settings) for seed in range(seeds) for arm, methods in chosen.items()]
+    runs: dict[str, dict[int, Run]] = {arm: {} for arm in chosen}
+    for asked, found in zip(wanted, run_all(wanted, folder, jobs, go), strict=True):
+        runs[asked.arm][asked.seed] = found
+    about = {**settings, "seeds": list(range(seeds)), "recipe": RECIPE, "arms": dict(chosen)}
+    result = {
+        "bench": "learning",
+        "machine": {**machine(), "threads": 1},
+        "about": about,
+        "seconds_per_run": sum(r["seconds"] for own in runs.values() for r in own.values()) / len(wanted),
+        "summary": learning_report.summary(runs),
+        "tables": learning_report.tables(runs),
+        "verdict": learning_report.verdict(runs),
+    }
+    name = "learning_" + "_".join(arm for arm in chosen if arm != BASELINE and "," not in arm).replace("+", "-")
+    result["picture"] = f"{name}.png"
+    plots.draw(
+        runs, folder / f"{name}.png", f"{seeds} seeds, mean and 95% interval. {machine_text(result['machine'])}"
+    )
+    write_json(folder / f"{name}.json", result)
+    say(f"written: {folder / name}.json and .png")
+    return result
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--methods", default="trace", help="arms, joined by commas: trace,high_entropy,trace+high_entropy"
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    parser.add_argument(
+        "--ablations", action="store_true", help="also the cards' controls: all and random spans, lowest"
+    )
+    parser.add_argument("--settings", type=json.loads, default={}, help='JSON, e.g. {"trace": {"action": "both"}}')
+    parser.add_argument("--quick", action="store_true", help="two seeds of four steps: does it work at all?")
+    parser.add_argument("--out", type=Path, help="folder (default tests/bench/results; a temporary one if quick)")
+    args = parser.parse_args(words)
+    chosen = arms(args.methods.split(","), args.ablations, args.settings)
+    sizes: dict[str, Any] = {"steps": args.steps, "eval_every": max(1, args.steps // 5), "eval_rows": 400}
+    seeds, folder = args.seeds, args.out or RESULTS
+    if args.quick:
+        sizes = {k: v for k, v in QUICK.items() if k != "seeds"} | {"overrides": QUICK_OVERRIDES}
+        seeds, folder = QUICK["seeds"], args.out or Path(tempfile.mkdtemp(prefix="learning-"))
+    say("the sandbox's model: built and warm-started on first use")
+    ensure_model()
+    result = bench(chosen, seeds, folder, args.jobs, **sizes)
+    sys.stdout.write(learning_report.markdown(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Writes the generated parts of README.md: `python -m tests.bench.readme`; with `--check` it only says what is stale.
+
+Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`: `bench:overhead`, `bench:gpu` and `bench:learning` come
+from tests/bench/results/*.json, `methods` (the paper index) from the classes. A marker pair that is absent is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench.common import RESULTS, ROOT, quiet
+
+quiet()
+
+from tests.bench import gpu, learning_report, overhead  # noqa: E402 - after the environment is set
+from trl_ext.method import Method, overrides  # noqa: E402
+from trl_ext.methods import METHODS  # noqa: E402
+from trl_ext.plan import STAGES  # noqa: E402
+
+MISSING = "No result yet: run `make {target}`."
+
+
+def methods_table(methods: Mapping[str, type[Method]]) -> str:
+    """The paper index: name, paper, trainer, stages, and with what it does not go together."""
+    lines = ["| name | paper | trainer | stages it changes | composes with |", "| --- | --- | --- | --- | --- |"]
+    for name, cls in methods.items():
+        link = f"[{cls.title}](https://arxiv.org/abs/{cls.paper})"
+        lines.append(f"| `{name}` | {link} | {cls.trainer} | {stages_of(cls)} | {partners(cls, methods)} |")
+    return "\n".join(lines)
+
+
+def stages_of(cls: type[Method]) -> str:
+    """The stages of a step that the class changes, in their order."""
+    method = cls()
+    return ", ".join(stage for stage, hooks in STAGES.items() if any(overrides(method, hook) for hook in hooks))
+
+
+def partners(cls: type[Method], methods: Mapping[str, type[Method]]) -> str:
+    """Every other method of the same trainer, minus conflicts and owners of the same slot, which are named."""
+    others = [other for other in methods.values() if other is not cls and other.trainer == cls.trainer]
+    refused = {
+        o.name: f"both own {', '.join(sorted({*cls.owns} & {*o.owns}))}" for o in others if {*cls.owns} & {*o.owns}
+    }
+    for other in others:
+        if reason := cls.conflicts.get(other.name) or other.conflicts.get(cls.name):
+            refused[other.name] = reason
+    free = ", ".join(f"`{o.name}`" for o in others if o.name not in refused)
+    against = "; ".join(f"not `{name}`: {reason}" for name, reason in refused.items())
+    return "; ".join(part for part in (free, against) if part) or "no other method yet"
+
+
+def _result(name: str, target: str, show: Callable[[dict[str, Any]], str], folder: Path) -> str:
+    path = folder / f"{name}.json"
+    return show(json.loads(path.read_text())) if path.exists() else MISSING.format(target=target)
+
+
+def _learning(folder: Path) -> str:
+    """Every stored learning bench: heading, picture, tables, verdict."""
+    parts = []
+    for path in sorted(folder.glob("learning_*.json")):
+        result = json.loads(path.read_text())
+        title = ", ".join(arm for arm in result["about"]["arms"] if arm != learning_report.BASELINE)
+        picture = f"![{title}](tests/bench/results/{result['picture']})"
+        parts.append(f"### {title}\n\n{picture}\n\n{learning_report.markdown(result)}")
+    return "\n\n".join(parts) or MISSING.format(target="bench-learning")
+
+
+def parts(folder: Path = RESULTS) -> dict[str, str]:
+    """Marker -> text."""
+    return {
+        "bench:overhead": _result("overhead", "bench-overhead", overhead.markdown, folder),
+        "bench:gpu": _result("gpu", "bench-gpu", gpu.markdown, folder),
+        "bench:learning": _learning(folder),
+        "methods": methods_table(METHODS),
+    }
+
+
+def fill(text: str, texts: Mapping[str, str]) -> str:
+    """`text` with each part between its markers. ValueError for an opening marker that is never closed."""
+    for name, content in texts.items():
+        opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if opening in text and closing not in text.split(opening, 1)[1]:
+            raise ValueError(f"README.md: {opening} has no {closing} after it")
+        whole = f"{opening}\n{content}\n{closing}"
+        pattern = re.escape(opening) + r".*?" + re.escape(closing)
+        text = re.sub(pattern, lambda _, whole=whole: whole, text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+def main(words: Sequence[str] | None = None, readme: Path = ROOT / "README.md", folder: Path = RESULTS) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 when README.md would change")
+    args = parser.parse_args(words)
+    if not readme.exists():
+        sys.exit(f"{readme} does not exist yet: write it with the markers that `--help` names, then run this again.")
+    text = readme.read_text()
+    wanted = fill(text, parts(folder))
+    if wanted == text:
+        print(f"{readme.name} is current.")
+    elif args.check:
+        sys.exit(f"{readme.name} is not current: run `make docs`.")
+    else:
+        readme.write_text(wanted)
+        print(f"{readme.name} written.")
+
+
+if __name__ == "__main__":
+    main()

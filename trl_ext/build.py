@@ -1,0 +1,68 @@
+"""The model, the tokenizer and the trainer of a recipe, put together as TRL's own scripts do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from trl import get_peft_config, get_quantization_config
+
+from trl_ext.data import Data
+from trl_ext.quantized import keep_trainable
+from trl_ext.recipe import Recipe
+
+
+def model_path(recipe: Recipe) -> str:
+    """The model's name; `sandbox` is built on first use."""
+    name = recipe.model_args.model_name_or_path
+    if name != "sandbox":
+        return str(name)
+    from trl_ext.sandbox import ensure_model
+
+    return ensure_model()
+
+
+def load_tokenizer(recipe: Recipe, model: str) -> Any:
+    """The model's tokenizer, padding and cutting on the left as TRL loads it."""
+    return AutoTokenizer.from_pretrained(
+        model,
+        revision=recipe.model_args.model_revision,
+        trust_remote_code=recipe.training_args.trust_remote_code,
+        padding_side="left",
+        truncation_side="left",
+    )
+
+
+def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`, as TRL's scripts form them."""
+    args = recipe.model_args
+    init = {"revision": args.model_revision, "attn_implementation": args.attn_implementation, "dtype": args.dtype}
+    init["trust_remote_code"] = recipe.training_args.trust_remote_code
+    return init | (recipe.training_args.model_init_kwargs or {})
+
+
+def build_trainer(recipe: Recipe, model: str, tokenizer: Any, data: Data) -> Any:
+    """Our GRPOTrainer or DPOTrainer for a recipe, its model loaded."""
+    recipe.training_args.model_init_kwargs = model_init_kwargs(recipe)
+    common: dict[str, Any] = {
+        "args": recipe.training_args,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": tokenizer,
+        "quantization_config": get_quantization_config(recipe.model_args),
+        "peft_config": get_peft_config(recipe.model_args),
+    }
+    if recipe.trainer == "dpo":
+        from trl_ext.dpo import DPOTrainer
+
+        trainer: Any = DPOTrainer(model, **common)
+    else:
+        from trl_ext.grpo import GRPOTrainer
+
+        trainer = GRPOTrainer(model, reward_funcs=list(recipe.rewards), **common)
+    keep_trainable(trainer.model)
+    if recipe.script_args.ignore_bias_buffers:
+        named = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in named if b.dtype == torch.bool]
+    return trainer

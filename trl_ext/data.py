@@ -1,0 +1,166 @@
+"""Training data: from the sandbox, a file, the Hub or a mixture, with columns mapped and prompts made conversational."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from trl_ext.data_sources import DataError, evaluates, held_out, load_source, split_names, split_of
+from trl_ext.plan import did_you_mean
+from trl_ext.recipe import Recipe
+from trl_ext.rewards.checked import Reward
+from trl_ext.rewards.registry import columns_of
+
+_REPLIES = ("chosen", "rejected", "completion")
+
+
+@dataclass(frozen=True)
+class Data:
+    """`train` and, when TRL evaluates, `eval`; `held_out`: sandbox problems for the report, empty elsewhere.
+
+    `rows` of the training set, None when it streams; `dropped` rows whose prompt was too long, None when not counted.
+    """
+
+    train: Dataset | IterableDataset
+    eval: Dataset | IterableDataset | None
+    held_out: Dataset | None
+    rows: int | None
+    dropped: int | None
+
+
+def load_data(recipe: Recipe, count_tokens: Callable[[Any], int] | None = None) -> Data:
+    """The recipe's data. `count_tokens(prompt)` is needed for `max_prompt_tokens`; without it no row is dropped.
+
+    Raises DataError for a missing column, an unknown split, an empty data set or a source that cannot be read.
+    """
+    source = load_source(recipe)
+    train_split, test_split = split_names(recipe)
+    raw = split_of(source, train_split)
+    check_rewards(recipe.rewards, _columns_after(raw, recipe))
+    train = _prepared(raw, recipe)
+    before = _length(train)
+    if recipe.extra.max_prompt_tokens and count_tokens is not None:
+        limit = recipe.extra.max_prompt_tokens
+        train = train.filter(lambda row: count_tokens(row["prompt"]) <= limit)
+    dropped = None if before is None or count_tokens is None else before - (_length(train) or 0)
+    if before and dropped == before:
+        raise DataError(f"all {before} prompts are longer than max_prompt_tokens {recipe.extra.max_prompt_tokens}")
+    if recipe.extra.max_train_rows:
+        train = _first(train, recipe.extra.max_train_rows)
+    evaluated = None
+    if evaluates(recipe):
+        evaluated = _prepared(split_of(source, test_split), recipe)
+        evaluated = _first(evaluated, recipe.extra.eval_rows) if recipe.extra.eval_rows else evaluated
+    return Data(train, evaluated, held_out(recipe), _length(train), dropped)
+
+
+def check_rewards(rewards: Iterable[Reward | str], columns: Sequence[str] | None) -> None:
+    """Raises DataError when a reward function reads a column that the (mapped) data set does not have."""
+    for reward in rewards:
+        for names in [] if columns is None or isinstance(reward, str) else columns_of(reward):
+            if not set(names) & set(columns or ()):
+                raise DataError(
+                    f"reward '{reward.__name__}' reads the column {' or '.join(map(repr, names))}, "  # type: ignore[union-attr]
+                    f"the data set has: {', '.join(columns or ())}. Map one in the recipe, e.g. columns: "
+                    f"{{{names[0]}: {next(iter(columns or ('theirs',)))}}}"
+                )
+
+
+def _columns_after(data: Any, recipe: Recipe) -> list[str] | None:
+    if data.column_names is None:
+        return None
+    mapping = recipe.extra.columns or {}
+    return [c for c in data.column_names if c not in mapping.values()] + list(mapping)
+
+
+def _prepared(data: Any, recipe: Recipe) -> Any:
+    """Columns under our names, prompts as messages."""
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError("the data set is empty")
+    columns = list(data.column_names or first)  # a stream may not know its columns before its first row
+    mapping = dict(recipe.extra.columns or {})
+    _need(columns, [str(theirs) for theirs in mapping.values()], "columns")
+    fields = {**{c: c for c in columns}, **mapping}
+    template = recipe.extra.prompt_template
+    if template is not None:
+        used = template_fields(template)
+        _need(list(fields), used, "prompt_template")
+    elif "prompt" not in fields:
+        if recipe.trainer == "dpo" and recipe.extra.system_prompt is None and {"chosen", "rejected"} <= set(fields):
+            return _renamed(data, mapping, columns)  # TRL finds the prompt that chosen and rejected share
+        _need(list(fields), ["prompt"], "prompt")
+    _need(list(fields), ["chosen", "rejected"] if recipe.trainer == "dpo" else [], "the dpo trainer")
+    make = _Prompt(template, recipe.extra.system_prompt, fields)
+    prepared = data.map(make)
+    rest = {ours: theirs for ours, theirs in mapping.items() if ours not in ("prompt", *_REPLIES)}
+    return _renamed(prepared, rest, list(dict.fromkeys([*columns, "prompt"])))
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A row -> its prompt as messages; text replies become messages too, so that all columns have one form."""
+
+    template: str | None
+    system: str | None
+    fields: Mapping[str, str]
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if self.template is None:
+            prompt = row[self.fields["prompt"]]
+        else:
+            prompt = self.template.format_map({ours: row[theirs] for ours, theirs in self.fields.items()})
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        new: dict[str, Any] = {"prompt": messages}
+        for name in _REPLIES:
+            if name in self.fields:
+                reply = row[self.fields[name]]
+                new[name] = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+        return new
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of the columns in a template; DataError for anything but plain {column} fields."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(f"prompt_template: {error}; write {{{{ and }}}} for literal braces") from None
+    for _, name, spec, conversion in parts:
+        if name is not None and (not name.isidentifier() or spec or conversion):
+            raise DataError(
+                f"prompt_template: '{{{name}}}' is not a plain {{column}}; write {{{{ }}}} for literal braces"
+            )
+    return [name for _, name, _, _ in parts if name is not None]
+
+
+def _need(columns: Sequence[str], wanted: Iterable[str], why: str) -> None:
+    for name in wanted:
+        if name not in columns:
+            raise DataError(
+                f"{why}: there is no column '{name}'{did_you_mean(name, columns)}; the data set has: {', '.join(columns)}. "
+                "Map it in the recipe, e.g. columns: {prompt: theirs, answer: theirs}"
+            )
+
+
+def _renamed(data: Any, mapping: Mapping[str, str], columns: Sequence[str]) -> Any:
+    """Columns under our names; a column that already has one of these names gives way."""
+    for ours, theirs in mapping.items():
+        if ours == theirs:
+            continue
+        data = data.remove_columns(ours) if ours in columns else data
+        data = data.rename_column(theirs, ours)
+    return data
+
+
+def _length(data: Any) -> int | None:
+    return len(data) if isinstance(data, Dataset) else None
+
+
+def _first(data: Any, n: int) -> Any:
+    return data.select(range(min(n, len(data)))) if isinstance(data, Dataset) else data.take(n)

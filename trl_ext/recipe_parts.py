@@ -1,0 +1,241 @@
+"""From a recipe's mapping to TRL's configuration objects, reward functions and plan, with every problem collected."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import DatasetMixtureConfig, ModelConfig
+from trl.scripts.grpo import GRPOScriptArguments
+from trl.scripts.utils import DatasetConfig
+
+from trl_ext.method import Setup
+from trl_ext.plan import Plan, PlanError, did_you_mean, make_plan, normalise
+from trl_ext.rewards import make_reward
+from trl_ext.rewards.checked import Reward
+from trl_ext.schedule import group_misfit
+from trl_ext.settings import cast_field, default_of, fields_of, hints_of, read_yaml
+
+TRAINERS = ("grpo", "dpo")
+_READ_LATER = ("methods", "rewards", "datasets")
+"""Keys with a reader of their own."""
+
+
+@dataclass
+class Extra:
+    """The keys that are ours, beside TRL's."""
+
+    trainer: str = field(default="grpo", metadata={"choices": TRAINERS})
+    """Which trainer runs the recipe."""
+    rewards: dict[str, Any] | list[str] | str | None = None
+    """Names of rewards, or names with their settings; see `trl_ext.rewards.registry`."""
+    columns: dict[str, Any] | None = None
+    """Our column name -> the data set's, e.g. {prompt: problem, answer: expected}."""
+    prompt_template: str | None = None
+    """Text with {column} fields that becomes the user's turn."""
+    system_prompt: str | None = None
+    """First turn of every prompt that has no system turn of its own."""
+    max_prompt_tokens: int | None = None
+    """Rows with longer prompts are left out and counted; TRL does not cut prompts."""
+    max_train_rows: int | None = None
+    """Only the first rows are used, counted after long prompts are left out."""
+    eval_rows: int | None = None
+    """Rows of the test split that are evaluated; on the sandbox also the problems before and after, 0 for none."""
+    dataset_options: dict[str, Any] | None = None
+    """Of the sandbox's data sets: n, difficulty, seed."""
+    env: dict[str, Any] | None = None
+    """Environment variables to set, as in TRL's YAML files."""
+
+
+def config_classes(trainer: str) -> tuple[type, ...]:
+    """Our keys, then the configurations that TRL's script of this trainer reads."""
+    if trainer == "dpo":
+        from trl_ext.dpo import DPOConfig
+
+        return (Extra, DPOConfig, ModelConfig, GRPOScriptArguments, DatasetMixtureConfig)
+    from trl_ext.grpo import GRPOConfig
+
+    return (Extra, GRPOConfig, ModelConfig, GRPOScriptArguments, DatasetMixtureConfig)
+
+
+def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] | None:
+    """The fields of a `Recipe` from its mapping; None when `problems` were found, which are appended."""
+    trainer = raw.get("trainer", "grpo")
+    if trainer not in TRAINERS:
+        near = did_you_mean(str(trainer), TRAINERS)
+        problems.append(f"trainer: {trainer!r} is not one of {', '.join(TRAINERS)}{near}")
+        return None
+    classes = config_classes(trainer)
+    values = _cast_all(raw, classes, problems)
+    not_here = _not_here(values)
+    extra, args, model_args, script_args, dataset_args = (
+        _construct(cls, values | ({"use_cpu": True} if not_here else {}), problems) for cls in classes
+    )
+    rewards = _rewards(raw, trainer, problems)
+    plan = _plan(raw.get("methods"), trainer, args, rewards, problems)
+    problems += _together(values, trainer, rewards, problems)
+    if problems:
+        return None
+    return {
+        "values": values,
+        "training_args": args,
+        "model_args": model_args,
+        "script_args": script_args,
+        "dataset_args": dataset_args,
+        "extra": extra,
+        "plan": plan,
+        "rewards": tuple(rewards),
+        "not_here": not_here,
+    }
+
+
+def _not_here(values: Mapping[str, Any]) -> str | None:
+    """Why these settings cannot run on this machine; they can still be planned. TRL turns bf16 on by itself."""
+    half = "fp16" if values.get("fp16") else "bf16" if values.get("bf16") is not False else None
+    if half is None or values.get("use_cpu") or torch.accelerator.is_available():
+        return None
+    return (
+        f"{half} is on{'' if values.get(half) else ' (TRL does that by default)'} and this machine has no accelerator: "
+        f"set {half}: false, or use_cpu: true to compute in {half} on the CPU"
+    )
+
+
+def _cast_all(raw: Mapping[str, Any], classes: Sequence[type], problems: list[str]) -> dict[str, Any]:
+    """Values by key, cast to the types of their fields; unknown keys and values that do not fit become problems."""
+    values: dict[str, Any] = {}
+    owners = {key: cls for cls in reversed(classes) for key in fields_of(cls)}
+    for key, value in raw.items():
+        if key not in owners:
+            problems.append(f"unknown key '{key}'{did_you_mean(key, owners)}")
+        elif key in _READ_LATER:
+            values[key] = value
+        else:
+            choices = fields_of(owners[key])[key].metadata.get("choices")
+            try:
+                values[key] = cast_field(value, hints_of(owners[key])[key], list(choices) if choices else None)
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+    return values
+
+
+def _construct(cls: type, values: Mapping[str, Any], problems: list[str]) -> Any:
+    """The configuration object, or None with its problem noted. Methods are planned apart, so that both report."""
+    own = {key: copy.deepcopy(values[key]) for key in fields_of(cls) if key in values and key != "methods"}
+    found = _mixture(own.get("datasets")) if cls is DatasetMixtureConfig else []
+    if "num_generations" in fields_of(cls):
+        full = {key: own.get(key, default_of(f)) for key, f in fields_of(cls).items()}
+        misfit = group_misfit(full, int(os.environ.get("WORLD_SIZE", "1")))
+        found = [misfit] if misfit else []
+    problems += found
+    if found:
+        return None
+    try:
+        return cls(**own)
+    except (ValueError, TypeError, ImportError) as error:
+        problems += getattr(error, "problems", [str(error)])
+        return None
+
+
+def _mixture(spec: Any) -> list[str]:
+    """Problems of `datasets`."""
+    if spec is None:
+        return []
+    if not isinstance(spec, list) or not all(isinstance(item, Mapping) for item in spec):
+        return ["datasets: expected a list of mappings, each with at least `path`"]
+    known, problems = fields_of(DatasetConfig), []
+    for i, item in enumerate(spec):
+        problems += [f"datasets[{i}]: unknown key '{k}'{did_you_mean(str(k), known)}" for k in item if k not in known]
+        problems += [] if "path" in item else [f"datasets[{i}]: `path` is missing"]
+    return problems
+
+
+def named(spec: Any) -> dict[str, Any]:
+    """`rewards` as name -> settings; ValueError for anything that is not a name, names or a mapping."""
+    if isinstance(spec, str):
+        spec = read_yaml(spec) if spec.strip().startswith(("{", "[")) else [spec]
+    if isinstance(spec, (list, tuple)) and all(isinstance(name, str) for name in spec):
+        return dict.fromkeys(spec)
+    if spec is None or (isinstance(spec, Mapping) and all(v is None or isinstance(v, Mapping) for v in spec.values())):
+        return {str(name): settings for name, settings in (spec or {}).items()}
+    raise ValueError(f"expected a name, a list of names or a mapping of name to settings, got {spec!r}")
+
+
+def reward_names(rewards: Iterable[Reward | str]) -> list[str]:
+    """Names as TRL gives them: a function's, or the last part of a model's path."""
+    return [r.split("/")[-1] if isinstance(r, str) else r.__name__ for r in rewards]
+
+
+def _rewards(raw: Mapping[str, Any], trainer: str, problems: list[str]) -> list[Reward | str]:
+    """TRL's `reward_model_name_or_path` and `reward_funcs`, then ours, in that order."""
+    found: list[Reward | str] = [str(raw["reward_model_name_or_path"])] if raw.get("reward_model_name_or_path") else []
+    before = len(problems)
+    for key in ("reward_funcs", "rewards"):
+        try:
+            wanted = named(raw.get(key))
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        for name, settings in wanted.items():
+            try:
+                found.append(make_reward(name, settings))
+            except ValueError as error:
+                problems.append(f"{key}: {name}: {error}")
+    names = reward_names(found)
+    problems += [f"rewards: two rewards are called '{n}'" for n in sorted(set(names)) if names.count(n) > 1]
+    if trainer == "dpo" and found:
+        problems.append("rewards: the dpo trainer learns from chosen and rejected replies; remove the rewards")
+    if trainer == "grpo" and not found and len(problems) == before:
+        problems.append("rewards: name at least one reward (`rewards`, or TRL's `reward_funcs`)")
+    return found
+
+
+def _plan(spec: Any, trainer: str, args: Any, rewards: Sequence[Reward | str], problems: list[str]) -> Plan | None:
+    try:
+        plan = make_plan(spec, trainer)
+        if args is not None:
+            plan.check(Setup(args, reward_names(rewards) if trainer == "grpo" else None))
+            args.methods = normalise(spec)
+    except PlanError as error:
+        problems += [f"methods: {problem.removeprefix('methods: ')}" for problem in error.problems]
+        return None
+    return plan
+
+
+def _together(
+    values: Mapping[str, Any], trainer: str, rewards: Sequence[Reward | str], problems: Sequence[str]
+) -> list[str]:
+    """Problems that no single key can show. `problems` found before tell which keys were already reported."""
+    get = values.get
+    sandbox = str(get("dataset_name") or "").startswith("sandbox/")
+    weights = get("reward_weights")
+    evaluates = str(get("eval_strategy") or "no") != "no"
+    rules = {
+        "model_name_or_path: name a model (`sandbox` for the built-in one)": not get("model_name_or_path"),
+        "dataset_name: name a data set (`sandbox/math`, a file, a folder, a Hub name), or use `datasets`": not (
+            get("dataset_name") or get("datasets")
+        ),
+        "dataset_name and datasets are both set; TRL would ignore the first: keep one": get("dataset_name")
+        and get("datasets"),
+        "dataset_options: belongs to the sandbox's data sets; remove it": get("dataset_options") and not sandbox,
+        "eval_rows: nothing is evaluated; set eval_strategy, or remove it": get("eval_rows")
+        and not sandbox
+        and not evaluates,
+        "load_in_4bit and load_in_8bit freeze the base model; set use_peft: true to train an adapter": (
+            get("load_in_4bit") or get("load_in_8bit")
+        )
+        and not get("use_peft"),
+        f"reward_weights: {len(weights or [])} weights for {len(rewards)} rewards": weights
+        and trainer == "grpo"
+        and not any(p.startswith("reward") for p in problems)
+        and len(weights) != len(rewards),
+    }
+    found = [message for message, wrong in rules.items() if wrong]
+    lowest = {"max_prompt_tokens": 1, "max_train_rows": 1, "eval_rows": 0}
+    for key, least in lowest.items():
+        if get(key) is not None and get(key) < least:  # type: ignore[operator]
+            found.append(f"{key}: {get(key)} must be at least {least}")
+    return found

@@ -1,0 +1,118 @@
+"""The table of reward names. A recipe names them under `rewards`, or names any `module.function`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trl_ext.plan import did_you_mean
+from trl_ext.rewards.checked import Reward, checked
+
+
+def _function(path: str) -> Callable[[], Reward]:
+    """A factory without settings for the function at `path`, imported on use."""
+
+    def factory() -> Reward:
+        return _import(path)
+
+    return factory
+
+
+def _factory(path: str) -> Callable[..., Reward]:
+    """The factory at `path`, imported on use; it takes its own settings."""
+
+    def factory(**settings: Any) -> Reward:
+        make = _import(path)
+        _bind(make, settings)
+        return make(**settings)
+
+    return factory
+
+
+def _soft_overlong(max_completion_len: int = 1280, soft_punish_cache: int = 256) -> Reward:
+    """TRL's overlong punishment with the values of TRL's own script as defaults."""
+    return _import("trl.rewards.get_soft_overlong_punishment")(max_completion_len, soft_punish_cache)
+
+
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "math_correct": _factory("trl_ext.rewards.math.make_math_correct"),
+    "json_valid": _function("trl_ext.sandbox.rewards.json_valid"),
+    "answer_correct": _function("trl_ext.sandbox.rewards.answer_correct"),
+    # TRL's own, under the names of its script
+    "accuracy_reward": _function("trl.rewards.accuracy_reward"),
+    "reasoning_accuracy_reward": _function("trl.rewards.reasoning_accuracy_reward"),
+    "think_format_reward": _function("trl.rewards.think_format_reward"),
+    "get_soft_overlong_punishment": _soft_overlong,
+    "get_cosine_scaled_reward": _factory("trl.rewards.get_cosine_scaled_reward"),
+    "get_repetition_penalty_reward": _factory("trl.rewards.get_repetition_penalty_reward"),
+}
+
+
+def make_reward(name: str, settings: Mapping[str, Any] | None = None) -> Reward:
+    """The checked reward function behind `name`: one of `REWARDS`, or `module.function`.
+
+    Settings go to the factory of a table entry; for `module.function` they are keyword arguments of each call.
+    ValueError says what is wrong with the name or the settings.
+    """
+    settings = dict(settings or {})
+    if name in REWARDS:
+        _bind(REWARDS[name], settings)
+        return checked(REWARDS[name](**settings))
+    if "." not in name:
+        raise ValueError(
+            f"unknown reward '{name}'{did_you_mean(name, REWARDS)}; known: {', '.join(REWARDS)}, or module.function"
+        )
+    reward = _import(name)
+    if not settings:
+        return checked(reward)
+    partial = functools.partial(reward, **settings)
+    return checked(functools.wraps(reward)(partial))
+
+
+def columns_of(reward: Reward) -> list[tuple[str, ...]]:
+    """Columns that a reward function reads, each as alternatives: parameters without default, or `needs_columns`."""
+    declared = getattr(reward, "needs_columns", None)
+    if declared is not None:
+        return list(declared)
+    given = {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "environments",
+        "self",
+    }
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(reward).parameters.values()
+    return [(p.name,) for p in parameters if p.kind in named and p.default is p.empty and p.name not in given]
+
+
+def _bind(factory: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError when the factory does not take these settings."""
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(**settings)
+    except TypeError as error:
+        known = [n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+        raise ValueError(f"{error} (settings: {', '.join(known) or 'none'})") from None
+
+
+def _import(path: str) -> Any:
+    """The object at `module.name`; the current folder counts as a place to import from, as in TRL's script."""
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import '{path}': {error}") from error
+    if not callable(found):
+        raise ValueError(f"'{path}' is not a function")
+    return found

@@ -1,0 +1,216 @@
+"""Runs a recipe: data, rewards and trainer from the checked configuration, then training, report and a saved adapter."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from trl import get_quantization_config
+
+from trl_ext import run_folder, saved
+from trl_ext.build import build_trainer, load_tokenizer, model_path
+from trl_ext.checkpoints import last_whole
+from trl_ext.data import Data, DataError, load_data
+from trl_ext.plan import Plan
+from trl_ext.recipe import Recipe, RecipeError
+from trl_ext.schedule import schedule_of
+from trl_ext.watch import Watch, warn_dropped
+
+
+@dataclass
+class RunResult:
+    """What a run gave: where it is, its plan and schedule, the log of the trainer, and the report's text."""
+
+    output_dir: str
+    plan: Plan
+    schedule: str
+    log_history: list[dict[str, float]] = field(default_factory=list)
+    before: Any = None
+    after: Any = None
+    warnings: list[str] = field(default_factory=list)
+    text: str = ""
+
+
+def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> RunResult:
+    """Trains `recipe` and returns what came out; `resume` continues its newest unfinished run.
+
+    `dry_run` stops once data, columns, plan and schedule are known to fit; no model is loaded and nothing is written,
+    and prompts are not filtered by length, which takes a tokenizer.
+
+    Raises RecipeError, DataError, PlanError, CheckpointError, RewardError or SavedModelError, each with what to do.
+    """
+    watch = Watch()
+    if dry_run:
+        data = load_data(recipe)
+        return RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data))
+    if recipe.not_here:
+        raise RecipeError(str(recipe.path), [recipe.not_here])
+    model = model_path(recipe)
+    tokenizer = load_tokenizer(recipe, model)
+    data = load_data(recipe, _token_counter(recipe, tokenizer))
+    warn_dropped(watch, data.dropped, data.rows, recipe.extra.max_prompt_tokens)
+    result = RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data), warnings=watch.warnings)
+    recipe.training_args.output_dir = result.output_dir
+    main = PartialState().is_main_process
+    if main:
+        _start(recipe, result, data)
+    trainer = build_trainer(recipe, model, tokenizer, data)
+    return _Run(recipe, model, data, trainer, watch, result, main).go(resume)
+
+
+def _schedule(recipe: Recipe, data: Data) -> str:
+    try:
+        text = schedule_of(recipe.training_args, data.rows).words()
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return f"{text}; {data.dropped} rows left out for their length" if data.dropped else text
+
+
+def _token_counter(recipe: Recipe, tokenizer: Any) -> Callable[[Any], int]:
+    settings = getattr(recipe.training_args, "chat_template_kwargs", None) or {}
+
+    def count(prompt: Any) -> int:
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **settings
+        )
+        return len(ids)
+
+    return count
+
+
+def _output_dir(recipe: Recipe, resume: bool) -> str:
+    """The folder of this run, the same on all processes."""
+    base, checkpoint = recipe.training_args.output_dir, _checkpoint(recipe, resume)
+    if isinstance(checkpoint, str):
+        return base if "output_dir" in recipe.raw else str(Path(checkpoint).parent)
+    chosen = [run_folder.folder_to_resume(base) if checkpoint else run_folder.new_folder(base)]
+    PartialState().wait_for_everyone()
+    return broadcast_object_list(chosen)[0]
+
+
+def _checkpoint(recipe: Recipe, resume: bool) -> str | bool:
+    """What to resume from: a folder, True for the newest checkpoint, or False. TRL's `resume_from_checkpoint` counts."""
+    named = str(recipe.training_args.resume_from_checkpoint or "")
+    if named.lower() in ("", "true", "false"):
+        return resume or named.lower() == "true"
+    return named
+
+
+def _start(recipe: Recipe, result: RunResult, data: Data) -> None:
+    from trl_ext import report
+
+    run_folder.mark(result.output_dir, "running")
+    report.start(result.output_dir, recipe, recipe.plan, result.schedule)
+
+
+@dataclass
+class _Run:
+    """One training run, from the built trainer to the checked result."""
+
+    recipe: Recipe
+    model: str
+    data: Data
+    trainer: Any
+    watch: Watch
+    result: RunResult
+    main: bool
+
+    def go(self, resume: bool) -> RunResult:
+        """Before, training, after, save, check."""
+        trainer, result = self.trainer, self.result
+        result.before = self._evaluate()
+        self._callbacks()
+        self._fit(resume)
+        result.log_history = list(trainer.state.log_history)
+        result.after = self._evaluate()
+        self._save()
+        if self.main:
+            self._report()
+            run_folder.mark(result.output_dir, "finished")
+        trainer.end()
+        return result
+
+    def _unwrapped(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    @property
+    def _whole_model(self) -> bool:
+        """Whether this process reports and holds all weights: under FSDP and ZeRO-3 none does."""
+        return self.main and self.trainer._engine() is None
+
+    def _evaluate(self) -> Any:
+        """Numbers on held-out sandbox problems, on the main process."""
+        if self.data.held_out is None or not self._whole_model:
+            return None
+        from trl_ext import report
+
+        rows = list(self.data.held_out)
+        return report.evaluate_sandbox(self._unwrapped(), self.trainer.processing_class, rows, self.trainer.args.seed)
+
+    def _callbacks(self) -> None:
+        self.trainer.add_callback(self.watch)
+        if self.main:
+            from trl_ext import report
+
+            report.quiet(self.trainer)
+            steps = schedule_of(self.trainer.args, self.data.rows).steps or self.trainer.args.max_steps
+            self.trainer.add_callback(report.Recorder(self.result.output_dir, steps, self.recipe.plan))
+
+    def _fit(self, resume: bool) -> None:
+        try:
+            self.trainer.train(resume_from_checkpoint=_checkpoint(self.recipe, resume) or None)
+        except (Exception, KeyboardInterrupt) as error:
+            error.add_note(self._how_to_resume())
+            raise
+
+    def _how_to_resume(self) -> str:
+        kept = last_whole(self.result.output_dir)
+        if kept is None:
+            every = f"every {self.trainer.args.save_steps:g} steps: save_steps"
+            return f"No checkpoint was written yet ({every}). The log is in {self.result.output_dir}."
+        return (
+            f"What was written stays. Continue from {kept} with: trl-ext train {self.recipe.path} --resume (and the same "
+            "--key values, if you gave any)"
+        )
+
+    def _save(self) -> None:
+        self.trainer.save_model(self.result.output_dir)
+        if self.trainer.args.push_to_hub:
+            self.trainer.push_to_hub(dataset_name=self.recipe.script_args.dataset_name)
+        if self._whole_model:
+            self._check_saved()
+        elif self.main:
+            self.watch.say("the saved model was not loaded again: its weights are sharded over processes here")
+
+    def _check_saved(self) -> None:
+        """Loads what was saved beside the trained model and compares log-probabilities."""
+        prompt = next(iter(self.data.train))["prompt"]
+        ids = saved.probe_ids(self.trainer.processing_class, prompt)
+        expected = saved.log_probs(self._unwrapped(), ids)
+        init, device = dict(self.trainer.args.model_init_kwargs), self._unwrapped().device
+        if (quantization := get_quantization_config(self.recipe.model_args)) is not None:
+            init["quantization_config"] = quantization
+        self._release()
+        again = saved.reload(self.result.output_dir, self.model, device, **init)
+        saved.check_equal(expected, saved.log_probs(again, ids), self.result.output_dir)
+
+    def _release(self) -> None:
+        """Frees the trained model and the optimizer, so that a second model fits where one did."""
+        trainer = self.trainer
+        trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer._teacher = None
+        trainer.accelerator.free_memory()
+        gc.collect()
+
+    def _report(self) -> None:
+        from trl_ext import report
+
+        decode = getattr(self.trainer, "decode_one", None)
+        lines = [line for m in self.trainer.plan.methods for line in m.summary(decode)] if decode else []
+        self.result.text = report.finish(
+            self.result.output_dir, self.recipe, self.recipe.plan, self.result.before, self.result.after, lines
+        )
