@@ -259,9 +259,8 @@ def test_learning_part_of_the_readme(learned):
     assert "![trace](tests/bench/results/learning_trace.png)" in text and "held-out accuracy" in text
 
 
-@pytest.mark.skipif(not (readme.ROOT / "README.md").exists(), reason="README.md is not written yet")
 def test_readme_is_current():
-    readme.main(["--check"])
+    assert readme.main(["--check"]) in (0, None)
 
 
 def test_gpu_bench_says_what_it_needs():

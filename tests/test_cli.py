@@ -76,6 +76,7 @@ def test_train_then_a_second_run_then_a_failed_one_that_is_resumed(
     shown = capsys.readouterr().out
     schedule = "2 prompts x 4 completions = 8 completions per rollout; one optimizer step per rollout"
     assert schedule in " ".join(shown.split())
+    assert "Warning: step 2: 100% of the completions are cut off at max_completion_length 6" in shown
     first = tmp_path / "run"
     assert json.loads((first / STATUS).read_text()) == {"status": "finished"}
     log = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
@@ -160,6 +161,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--rewards", "tests.test_cli.none_at_all"], "returned None for all 8 completions"),
         (["--rewards", "tests.test_cli.too_short"], "returned 1 values for 8 completions"),
         (["--rewards", "tests.test_cli.not_a_number"], "gave nan for row 0. Its completion: "),
+        (["--model_name_or_path", "nobody/nothing"], "model_name_or_path: cannot load 'nobody/nothing'"),
         (["3"], "'3' belongs to no key"),
     ],
 )

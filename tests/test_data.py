@@ -103,6 +103,7 @@ def test_streaming(tmp_path: Path) -> None:
         save(tmp_path, ".jsonl"),
         columns=COLUMNS,
         dataset_streaming=True,
+        max_steps=5,
         max_train_rows=4,
         max_prompt_tokens=99,
     )
@@ -144,7 +145,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     made = recipe(tmp_path, save(tmp_path, ".jsonl"), columns=COLUMNS, max_prompt_tokens=10, max_train_rows=3)
     data = load_data(made, count_tokens=lambda prompt: 10 + int(prompt[0]["content"][8]) % 2)
     assert data.dropped == 3 and data.rows == 3
-    assert data.train["answer"] == ["1", "3", "5"]
+    assert list(data.train["answer"]) == ["1", "3", "5"]
     with pytest.raises(DataError, match="all 6 prompts are longer than max_prompt_tokens 10"):
         load_data(made, count_tokens=lambda prompt: 11)
     assert load_data(made).dropped is None, "a dry run has no tokenizer"
@@ -170,6 +171,9 @@ def test_pairs_that_hold_their_prompt_are_left_to_trl(tmp_path: Path) -> None:
     rows = [{"chosen": [*turns, {"role": "assistant", "content": c}], "rejected": turns} for c in "ab"]
     made = recipe(tmp_path, save(tmp_path, ".jsonl", rows), trainer="dpo", rewards=None)
     assert load_data(made).train.column_names == ["chosen", "rejected"]
+    keys = {"trainer": "dpo", "rewards": None, "max_prompt_tokens": 5}
+    with pytest.raises(DataError, match="there is no column 'prompt'"):
+        load_data(recipe(tmp_path, tmp_path / "data.jsonl", **keys))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def test_an_empty_file_and_an_empty_stream(tmp_path: Path) -> None:
     header.write_text("prompt,answer\n")
     for streaming in (False, True):
         with pytest.raises(DataError, match="empty"):
-            load_data(recipe(tmp_path, header, dataset_streaming=streaming))
+            load_data(recipe(tmp_path, header, dataset_streaming=streaming, max_steps=5))
 
 
 def test_a_source_that_cannot_be_read(tmp_path: Path) -> None:

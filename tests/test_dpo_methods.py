@@ -11,8 +11,7 @@ from peft import LoraConfig
 from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 
-from tests.tiny import assert_equal, tiny_path, tiny_tokenizer, weights
-from tests.tiny_dpo import dpo_args, pairs
+from tests.tiny import assert_equal, dpo_args, pairs, tiny_path, tiny_tokenizer, weights
 from trl_ext.checkpoints import CheckpointError
 from trl_ext.dpo import DPOConfig, DPOTrainer
 from trl_ext.method import ENTROPY_AT_ROLLOUT, HIDDEN, REF_LOGPS, TEACHER, Method, param

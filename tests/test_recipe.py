@@ -176,6 +176,7 @@ def test_all_problems_at_once_with_file_key_and_suggestion(tmp_path: Path) -> No
         ({"dataset_name": None, "datasets": [{"pth": "x"}]}, "datasets[0]: unknown key 'pth', did you mean 'path'?"),
         ({"dataset_name": "x", "dataset_options": {"n": 1}}, "dataset_options: belongs to the sandbox's data sets"),
         ({"dataset_name": "x", "eval_rows": 5}, "eval_rows: nothing is evaluated"),
+        ({"dataset_streaming": True}, "max_steps: a stream has no length"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens: 0 must be at least 1"),
         ({"load_in_4bit": True}, "set use_peft: true to train an adapter"),
         ({"methods": {"trace": {"coverage": 1.5}}}, "methods: trace: coverage: 1.5 must be <= 1"),

@@ -76,24 +76,39 @@ def annotate_first(requests: list) -> list:
     return [[Span((0,), "insight" if r.correct else "arithmetic_slip")] for r in requests]
 
 
+QUIET = {
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
 def grpo_args(output_dir: str, **kwargs: object) -> dict:
     """Keyword arguments for TRL's or our GRPOConfig: 8 rows of 2 groups, 3 steps, CPU, quiet."""
-    settings = {
-        "output_dir": output_dir,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    return settings | kwargs
+    rollout = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6}
+    return QUIET | {"output_dir": output_dir, "learning_rate": 1e-2} | rollout | kwargs
+
+
+def dpo_args(output_dir: str, **kwargs: object) -> dict:
+    """Keyword arguments for TRL's or our DPOConfig: 3 steps of 4 pairs, CPU, quiet."""
+    pairing = {"per_device_train_batch_size": 4, "max_length": 16, "beta": 0.2}
+    return QUIET | {"output_dir": output_dir, "learning_rate": 3e-3} | pairing | kwargs
+
+
+def pairs(n: int = 12) -> Dataset:
+    """Prompts with a chosen and a rejected text, of different lengths; some are longer than `max_length`."""
+    return Dataset.from_dict(
+        {
+            "prompt": [f"{i} + {i * 7 % 5} = " for i in range(n)],
+            "chosen": ["yes" * (1 + i % 3) for i in range(n)],
+            "rejected": ["no" * (1 + i % 4) for i in range(n)],
+        }
+    )
 
 
 def weights(trainer: object) -> dict[str, torch.Tensor]:

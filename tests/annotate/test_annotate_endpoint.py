@@ -282,9 +282,7 @@ def test_a_refused_request_costs_its_own_span_only(server, status):
         asking([request("problem x1"), request("problem x2")])
 
 
-@pytest.mark.parametrize(
-    ("status", "advice"), [(401, "api_key_env"), (404, "base_url"), (418, "model")]
-)
+@pytest.mark.parametrize(("status", "advice"), [(401, "api_key_env"), (404, "base_url"), (418, "model")])
 def test_other_4xx_stop_at_once(server, status, advice):
     def reply(n, body):
         if "problem 0" in body["messages"][0]["content"]:

@@ -26,7 +26,10 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line]
-ELSEWHERE = {"make test": "is what runs this test", "make bench-gpu": "tests/test_bench.py, and a GPU where there is one"}
+ELSEWHERE = {
+    "make test": "is what runs this test",
+    "make bench-gpu": "tests/test_bench.py, and a GPU where there is one",
+}
 LONG = {"make bench-overhead": "--quick", "make bench-learning METHODS=trace": "--quick"}
 
 

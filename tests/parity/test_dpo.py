@@ -14,8 +14,7 @@ import trl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.tiny import assert_equal, tiny_path, tiny_tokenizer, weights
-from tests.tiny_dpo import dpo_args, pairs
+from tests.tiny import assert_equal, dpo_args, pairs, tiny_path, tiny_tokenizer, weights
 from trl_ext.dpo import F_DIVERGENCES, LOSS_TYPES, DPOConfig, DPOTrainer
 from trl_ext.method import HIDDEN, Method
 from trl_ext.methods import METHODS
@@ -81,7 +80,7 @@ def train(cls, config, folder, lora, model=None, ref_model=None, compute_metrics
     return trainer
 
 
-def compare(tmp_path, lora=False, methods="neutral", **kwargs):
+def assert_same(tmp_path, lora=False, methods="neutral", **kwargs):
     """Trains stock TRL and ours with the same settings; weights and logged numbers must be the same."""
     stock = train(trl.DPOTrainer, trl.DPOConfig, tmp_path, lora, **kwargs)
     if methods == "zero":
@@ -101,13 +100,13 @@ def compare(tmp_path, lora=False, methods="neutral", **kwargs):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_types_are_trl(tmp_path, loss_type, lora):
-    compare(tmp_path, lora, loss_type=loss_type, label_smoothing=0.1)
+    assert_same(tmp_path, lora, loss_type=loss_type, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("methods", [None, "zero"])
 def test_no_method_and_a_zero_loss_are_trl(tmp_path, methods, lora):
-    compare(tmp_path, lora, methods)
+    assert_same(tmp_path, lora, methods)
 
 
 OPTIONS = [
@@ -127,7 +126,7 @@ OPTIONS = [
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("extra", OPTIONS, ids=str)
 def test_options_are_trl(tmp_path, extra, lora):
-    compare(tmp_path, lora, **extra)
+    assert_same(tmp_path, lora, **extra)
 
 
 def wide():
@@ -137,11 +136,11 @@ def wide():
 
 @pytest.mark.parametrize("methods", ["neutral", "zero"])
 def test_four_bit_is_trl(tmp_path, methods):
-    compare(tmp_path, True, methods, model=wide, four_bit=True, gradient_checkpointing=True)
+    assert_same(tmp_path, True, methods, model=wide, four_bit=True, gradient_checkpointing=True)
 
 
 def test_moving_reference_is_trl(tmp_path):
-    compare(tmp_path, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5)
+    assert_same(tmp_path, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5)
 
 
 def mean_logit(prediction):
@@ -153,8 +152,8 @@ def mean_logit(prediction):
 @pytest.mark.parametrize("lora", [False, True])
 def test_evaluation_is_trl(tmp_path, lora, methods):
     extra = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-    compare(tmp_path, lora, methods, **extra)
-    compare(tmp_path, lora, methods, max_steps=1, compute_metrics=mean_logit, **extra)
+    assert_same(tmp_path, lora, methods, **extra)
+    assert_same(tmp_path, lora, methods, max_steps=1, compute_metrics=mean_logit, **extra)
 
 
 def base():
@@ -169,9 +168,9 @@ def adapted():
 
 @pytest.mark.parametrize("methods", ["neutral", "zero"])
 def test_reference_models_are_trl(tmp_path, methods):
-    compare(tmp_path, methods=methods, model=adapted)
-    compare(tmp_path, methods=methods, model=base, ref_model=base)
-    compare(tmp_path, methods=methods, lora=True, ref_model=base)
+    assert_same(tmp_path, methods=methods, model=adapted)
+    assert_same(tmp_path, methods=methods, model=base, ref_model=base)
+    assert_same(tmp_path, methods=methods, lora=True, ref_model=base)
 
 
 @functools.cache
@@ -199,7 +198,7 @@ def tiny_moe():
 
 @pytest.mark.parametrize("methods", ["neutral", "zero"])
 def test_mixture_of_experts_is_trl(tmp_path, methods):
-    compare(tmp_path, methods=methods, model=tiny_moe)
+    assert_same(tmp_path, methods=methods, model=tiny_moe)
 
 
 def test_plain_trl_config_is_accepted(tmp_path):

@@ -67,7 +67,7 @@ def train(cls, config, folder, lora, **kwargs):
     return trainer
 
 
-def compare(tmp_path, lora=False, methods=None, **kwargs):
+def assert_same(tmp_path, lora=False, methods=None, **kwargs):
     """Trains stock TRL and ours with the same settings; weights and logged numbers must be the same."""
     stock = train(trl.GRPOTrainer, trl.GRPOConfig, tmp_path, lora, **kwargs)
     ours = train(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, tmp_path, lora, methods=methods, **kwargs)
@@ -84,12 +84,12 @@ def compare(tmp_path, lora=False, methods=None, **kwargs):
     "loss_type, beta, lora, iterations", itertools.product(ops.LOSS_TYPES, (0.0, 0.1), (False, True), (1, 2))
 )
 def test_forced_path_is_trl(tmp_path, loss_type, beta, lora, iterations):
-    compare(tmp_path, lora, "neutral", loss_type=loss_type, beta=beta, num_iterations=iterations)
+    assert_same(tmp_path, lora, "neutral", loss_type=loss_type, beta=beta, num_iterations=iterations)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_no_method_is_trl(tmp_path, lora):
-    compare(tmp_path, lora, None)
+    assert_same(tmp_path, lora, None)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_no_method_is_trl(tmp_path, lora):
 )
 @pytest.mark.parametrize("lora", [False, True])
 def test_neutral_settings_are_trl(tmp_path, methods, lora):
-    compare(tmp_path, lora, methods, loss_type="grpo", beta=0.1)
+    assert_same(tmp_path, lora, methods, loss_type="grpo", beta=0.1)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -122,7 +122,7 @@ def test_neutral_settings_are_trl(tmp_path, methods, lora):
     ],
 )
 def test_options_are_trl(tmp_path, extra, level):
-    compare(tmp_path, methods="neutral", importance_sampling_level=level, **extra)
+    assert_same(tmp_path, methods="neutral", importance_sampling_level=level, **extra)
 
 
 def test_plain_trl_config_is_accepted(tmp_path):

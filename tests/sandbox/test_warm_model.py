@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.chat_template_utils import parse_response
 
 from trl_ext.annotate.prompts import teacher_note
 from trl_ext.sandbox import Record, calculator, evaluate
 from trl_ext.sandbox.demos import Stage, hinted
 from trl_ext.sandbox.model import WarmStart, warm_start
 from trl_ext.sandbox.tasks import rows, user
+from trl_ext.sandbox.tokenizer import OPEN_REPLY
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 ROWS = rows(n=400, split="test")
@@ -67,7 +69,10 @@ def test_the_model_calls_the_calculator_only_when_it_is_offered(loaded: Loaded, 
         padding=True,
     )
     out = model.generate(**batch, do_sample=False, max_new_tokens=64)[:, batch["input_ids"].shape[1] :]
-    replies = [tokenizer.parse_response([i for i in ids if i != tokenizer.pad_token_id]) for ids in out.tolist()]
+    prefix = tokenizer(OPEN_REPLY)["input_ids"]
+    replies = [
+        parse_response(tokenizer, [i for i in ids if i != tokenizer.pad_token_id], prefix) for ids in out.tolist()
+    ]
     calls = [call["function"] for reply in replies for call in reply.get("tool_calls") or []]
     assert len(calls) > 20
     assert sum(calculator(**call["arguments"]).isdigit() for call in calls) > 0.9 * len(calls)
