@@ -1,6 +1,22 @@
 """Lightweight extension of TRL: papers by name. The trainers and configurations are drop-ins for TRL's."""
 
-from trl_ext.dpo import DPOConfig, DPOTrainer
-from trl_ext.grpo import GRPOConfig, GRPOTrainer
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_ext.dpo import DPOConfig, DPOTrainer
+    from trl_ext.grpo import GRPOConfig, GRPOTrainer
 
 __all__ = ["DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers, loaded on first use: `trl-ext --help` need not wait for torch."""
+    if name in ("GRPOConfig", "GRPOTrainer"):
+        from trl_ext import grpo as module
+    elif name in ("DPOConfig", "DPOTrainer"):
+        from trl_ext import dpo as module  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)

@@ -18,6 +18,7 @@ from trl_ext import checkpoints
 from trl_ext.forward import Features, Snapshot, base_model, evaluating, head_of, weights_of
 from trl_ext.method import REFERENCE, TEACHER, Metrics, Setup
 from trl_ext.plan import Plan, make_plan
+from trl_ext.quantized import keep_trainable
 
 logger = get_logger(__name__)
 
@@ -58,6 +59,7 @@ class MethodTrainer:
         """After TRL's constructor: checks what only the trainer knows, then sets up what the methods need."""
         self._method_metrics = Metrics()
         self.plan.check(setup)
+        keep_trainable(self.model)
         if REFERENCE in self.plan.needs() and self.ref_model is None and not is_peft_model(self.model):
             self._reference = Snapshot(self._unwrapped())
         if TEACHER in self.plan.needs():

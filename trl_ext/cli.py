@@ -74,7 +74,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(plan_text(recipe, result.schedule))
         print(f"\nDry run: nothing was trained; the run would write to {result.output_dir}.")
     elif result.text:  # one process of several tells it
-        print(result.text)
+        print("\n".join([result.text, *(f"Warning: {said}" for said in result.warnings)]))
     return 0
 
 

@@ -43,19 +43,25 @@ def load_data(recipe: Recipe, count_tokens: Callable[[Any], int] | None = None) 
     check_rewards(recipe.rewards, _columns_after(raw, recipe))
     train = _prepared(raw, recipe)
     before = _length(train)
-    if recipe.extra.max_prompt_tokens and count_tokens is not None:
-        limit = recipe.extra.max_prompt_tokens
-        train = train.filter(lambda row: count_tokens(row["prompt"]) <= limit)
-    dropped = None if before is None or count_tokens is None else before - (_length(train) or 0)
-    if before and dropped == before:
+    train = _short_prompts(train, recipe, count_tokens)
+    after = _length(train)
+    if after == 0:
         raise DataError(f"all {before} prompts are longer than max_prompt_tokens {recipe.extra.max_prompt_tokens}")
-    if recipe.extra.max_train_rows:
-        train = _first(train, recipe.extra.max_train_rows)
+    dropped = None if before is None or after is None or count_tokens is None else before - after
+    train = _first(train, recipe.extra.max_train_rows)
     evaluated = None
     if evaluates(recipe):
-        evaluated = _prepared(split_of(source, test_split), recipe)
-        evaluated = _first(evaluated, recipe.extra.eval_rows) if recipe.extra.eval_rows else evaluated
+        evaluated = _short_prompts(_prepared(split_of(source, test_split), recipe), recipe, count_tokens)
+        evaluated = _first(evaluated, recipe.extra.eval_rows)
     return Data(train, evaluated, held_out(recipe), _length(train), dropped)
+
+
+def _short_prompts(data: Any, recipe: Recipe, count_tokens: Callable[[Any], int] | None) -> Any:
+    """The rows whose prompt has at most `max_prompt_tokens` tokens."""
+    limit = recipe.extra.max_prompt_tokens
+    if limit is None or count_tokens is None:
+        return data
+    return data.filter(lambda row: count_tokens(row["prompt"]) <= limit)
 
 
 def check_rewards(rewards: Iterable[Reward | str], columns: Sequence[str] | None) -> None:
@@ -91,7 +97,8 @@ def _prepared(data: Any, recipe: Recipe) -> Any:
         used = template_fields(template)
         _need(list(fields), used, "prompt_template")
     elif "prompt" not in fields:
-        if recipe.trainer == "dpo" and recipe.extra.system_prompt is None and {"chosen", "rejected"} <= set(fields):
+        reads_prompt = recipe.extra.system_prompt is not None or recipe.extra.max_prompt_tokens is not None
+        if recipe.trainer == "dpo" and not reads_prompt and {"chosen", "rejected"} <= set(fields):
             return _renamed(data, mapping, columns)  # TRL finds the prompt that chosen and rejected share
         _need(list(fields), ["prompt"], "prompt")
     _need(list(fields), ["chosen", "rejected"] if recipe.trainer == "dpo" else [], "the dpo trainer")
@@ -162,5 +169,8 @@ def _length(data: Any) -> int | None:
     return len(data) if isinstance(data, Dataset) else None
 
 
-def _first(data: Any, n: int) -> Any:
+def _first(data: Any, n: int | None) -> Any:
+    """The first n rows; None or 0 means all."""
+    if not n:
+        return data
     return data.select(range(min(n, len(data)))) if isinstance(data, Dataset) else data.take(n)

@@ -190,6 +190,8 @@ def _rewards(raw: Mapping[str, Any], trainer: str, problems: list[str]) -> list[
         problems.append("rewards: the dpo trainer learns from chosen and rejected replies; remove the rewards")
     if trainer == "grpo" and not found and len(problems) == before:
         problems.append("rewards: name at least one reward (`rewards`, or TRL's `reward_funcs`)")
+    if get("eval_rows") == 1 and sandbox:
+        found.append("eval_rows: an interval takes at least 2 problems; 0 evaluates none")
     return found
 
 
@@ -221,6 +223,8 @@ def _together(
         "dataset_name and datasets are both set; TRL would ignore the first: keep one": get("dataset_name")
         and get("datasets"),
         "dataset_options: belongs to the sandbox's data sets; remove it": get("dataset_options") and not sandbox,
+        "max_steps: a stream has no length; say how many steps to make": (get("dataset_streaming") or get("streaming"))
+        and (get("max_steps") or -1) <= 0,
         "eval_rows: nothing is evaluated; set eval_strategy, or remove it": get("eval_rows")
         and not sandbox
         and not evaluates,
@@ -238,4 +242,6 @@ def _together(
     for key, least in lowest.items():
         if get(key) is not None and get(key) < least:  # type: ignore[operator]
             found.append(f"{key}: {get(key)} must be at least {least}")
+    if get("eval_rows") == 1 and sandbox:
+        found.append("eval_rows: an interval takes at least 2 problems; 0 evaluates none")
     return found

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from trl import get_quantization_config
 
 from trl_ext import run_folder, saved
-from trl_ext.build import build_trainer, load_tokenizer, model_path
+from trl_ext.build import build_trainer, few_threads, load_tokenizer, model_path
 from trl_ext.checkpoints import last_whole
 from trl_ext.data import Data, DataError, load_data
 from trl_ext.plan import Plan
@@ -59,8 +59,9 @@ def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> RunRes
     main = PartialState().is_main_process
     if main:
         _start(recipe, result, data)
-    trainer = build_trainer(recipe, model, tokenizer, data)
-    return _Run(recipe, model, data, trainer, watch, result, main).go(resume)
+    with few_threads(recipe):
+        trainer = build_trainer(recipe, model, tokenizer, data)
+        return _Run(recipe, model, data, trainer, watch, result, main).go(resume)
 
 
 def _schedule(recipe: Recipe, data: Data) -> str:
@@ -119,6 +120,7 @@ class _Run:
     watch: Watch
     result: RunResult
     main: bool
+    recorder: Any = None
 
     def go(self, resume: bool) -> RunResult:
         """Before, training, after, save, check."""
@@ -159,12 +161,15 @@ class _Run:
 
             report.quiet(self.trainer)
             steps = schedule_of(self.trainer.args, self.data.rows).steps or self.trainer.args.max_steps
-            self.trainer.add_callback(report.Recorder(self.result.output_dir, steps, self.recipe.plan))
+            self.recorder = report.Recorder(self.result.output_dir, steps, self.recipe.plan)
+            self.trainer.add_callback(self.recorder)
 
     def _fit(self, resume: bool) -> None:
         try:
             self.trainer.train(resume_from_checkpoint=_checkpoint(self.recipe, resume) or None)
         except (Exception, KeyboardInterrupt) as error:
+            if self.recorder is not None:
+                self.recorder.close()  # the message below must not stand inside the progress bar
             error.add_note(self._how_to_resume())
             raise
 
@@ -182,15 +187,17 @@ class _Run:
         self.trainer.save_model(self.result.output_dir)
         if self.trainer.args.push_to_hub:
             self.trainer.push_to_hub(dataset_name=self.recipe.script_args.dataset_name)
-        if self._whole_model:
+        if self._whole_model and not self.trainer._is_vlm:
             self._check_saved()
         elif self.main:
-            self.watch.say("the saved model was not loaded again: its weights are sharded over processes here")
+            self.watch.say(
+                "the saved model was not loaded again: that is done for text models whose weights are whole"
+            )
 
     def _check_saved(self) -> None:
         """Loads what was saved beside the trained model and compares log-probabilities."""
-        prompt = next(iter(self.data.train))["prompt"]
-        ids = saved.probe_ids(self.trainer.processing_class, prompt)
+        row = next(iter(self.data.train))
+        ids = saved.probe_ids(self.trainer.processing_class, row.get("prompt") or row["chosen"])
         expected = saved.log_probs(self._unwrapped(), ids)
         init, device = dict(self.trainer.args.model_init_kwargs), self._unwrapped().device
         if (quantization := get_quantization_config(self.recipe.model_args)) is not None:

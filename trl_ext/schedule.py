@@ -55,7 +55,9 @@ class Schedule:
         )
 
     def _rollout(self) -> str:
-        text = f"{self.prompts} prompts x {self.group} completions = {self.completions} completions per rollout"
+        text = (
+            f"{_many(self.prompts, 'prompt')} x {self.group} completions = {self.completions} completions per rollout"
+        )
         if self.micro_batches > 1 or self.processes > 1:
             devices = f" on each of {self.processes} processes" if self.processes > 1 else ""
             text += f", split over {_many(self.micro_batches, 'micro-batch')} of {self.micro_batch}{devices}"

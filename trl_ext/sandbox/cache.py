@@ -6,8 +6,11 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +18,33 @@ from pathlib import Path
 from filelock import FileLock
 
 from trl_ext.sandbox.demos import CURRICULUM, conversations, vocabulary_texts
-from trl_ext.sandbox.model import WarmStart, warm_start
+from trl_ext.sandbox.model import WarmStart
 
 SOURCES = ("calculator", "demos", "model", "problems", "slips", "tasks", "tokenizer")
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "datasets", "accelerate")
 MARK = "complete.json"  # written last: SHA-256 of every file of the entry
+logger = logging.getLogger(__name__)
 Builder = Callable[[Path, int], None]
 
 
 def build(folder: Path, seed: int) -> None:
-    """Warm-start a model from `seed` and save it with its tokenizer in `folder`."""
-    network, words = warm_start(seed)
-    network.save_pretrained(folder)
-    words.save_pretrained(folder)
+    """Warm-start a model from `seed` in a process of its own and save it with its tokenizer in `folder`.
+
+    Raises RuntimeError with the end of that process's messages if it fails.
+    """
+    logger.warning("warm-starting the sandbox model, once: about a minute")
+    # The caller may be one of several launched processes, hold a GPU, or have seeded its generators: the build must
+    # neither join in nor disturb.
+    launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {
+        k: v for k, v in os.environ.items() if k not in launch and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+    }
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import sys; from trl_ext.sandbox.model import save_warm_start as s; s(sys.argv[1], int(sys.argv[2]))"
+    command = [sys.executable, "-c", code, str(folder), str(seed)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"the sandbox model's warm start failed:\n{result.stderr[-2000:]}")
 
 
 def cache_root(cache_dir: str | None = None) -> Path:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,26 +63,18 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, st
     return Dataset.from_dict({"input_ids": [p + c for p, c in pairs], "completion_mask": masks})
 
 
-@contextmanager
-def _fixed_world(seed: int) -> Iterator[None]:
-    """Seed torch and fix its threads; give both back as they were."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+def warm_start(seed: int = 0, settings: WarmStart | None = None) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+    """Train the sandbox model from nothing on sloppy demonstrations, on the CPU; returns model and tokenizer.
+
+    Meant for a process of its own: the global generators are seeded and torch's threads fixed.
+    """
+    settings = settings or WarmStart()
     torch.set_num_threads(THREADS)
     torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-
-
-def warm_start(seed: int = 0, settings: WarmStart | None = None) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
-    """Train the sandbox model from nothing on sloppy demonstrations, on the CPU; returns model and tokenizer."""
-    settings = settings or WarmStart()
     tokenizer = sandbox_tokenizer()
     data = tokenized(tokenizer, demonstrations(tokenizer, seed, settings.stages))
-    with _fixed_world(seed), tempfile.TemporaryDirectory() as folder:
-        model = Qwen3ForCausalLM(sandbox_config(tokenizer, settings))
+    model = Qwen3ForCausalLM(sandbox_config(tokenizer, settings))
+    with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=settings.batch_size,
@@ -108,3 +99,10 @@ def warm_start(seed: int = 0, settings: WarmStart | None = None) -> tuple[Qwen3F
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model.eval(), tokenizer
+
+
+def save_warm_start(folder: str, seed: int) -> None:
+    """`warm_start(seed)`, saved in `folder` as `from_pretrained` loads it."""
+    model, tokenizer = warm_start(seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
