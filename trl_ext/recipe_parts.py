@@ -190,8 +190,6 @@ def _rewards(raw: Mapping[str, Any], trainer: str, problems: list[str]) -> list[
         problems.append("rewards: the dpo trainer learns from chosen and rejected replies; remove the rewards")
     if trainer == "grpo" and not found and len(problems) == before:
         problems.append("rewards: name at least one reward (`rewards`, or TRL's `reward_funcs`)")
-    if get("eval_rows") == 1 and sandbox:
-        found.append("eval_rows: an interval takes at least 2 problems; 0 evaluates none")
     return found
 
 
