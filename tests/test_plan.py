@@ -12,7 +12,7 @@ import trl
 import trl_ext
 from tests.tiny import grpo_args
 from trl_ext import compat, plan
-from trl_ext.method import NEEDS, Method, Setup, param
+from trl_ext.method import NEEDS, Method, Setup, overrides, param
 from trl_ext.methods import METHODS
 from trl_ext.plan import PlanError, make_plan, normalise, settings_of
 
@@ -212,6 +212,33 @@ def test_every_number_has_bounds_that_hold(cls):
             }
             with pytest.raises(PlanError, match=name):
                 make_plan({cls.name: {name: outside[rule]}}, cls.trainer)
+
+
+PAIR_HOOKS = {"pair_loss", "pair_aux_loss", "observe_pairs"}
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=str)
+def test_no_method_changes_a_hook_that_its_trainer_never_calls(cls):
+    changed = {hook for hooks in plan.STAGES.values() for hook in hooks if overrides(cls(), hook)}
+    assert changed and (changed <= PAIR_HOOKS if cls.trainer == "dpo" else not changed & PAIR_HOOKS)
+
+
+def test_every_hook_has_a_stage():
+    """A hook that no stage lists would be missing from the plan that people read."""
+    listed = {hook for hooks in plan.STAGES.values() for hook in hooks}
+    declared = {"needs", "check", "cost", "summary"}
+    assert {n for n, v in vars(Method).items() if callable(v) and not n.startswith("_")} == listed | declared
+
+
+def test_trls_own_parser_takes_methods(tmp_path):
+    """From YAML as a mapping, from the command line as JSON."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("output_dir: x\nuse_cpu: true\nbf16: false\nmethods:\n  trace: {weight: 2e-1}\n")
+    (from_yaml,) = trl.TrlParser(trl_ext.GRPOConfig).parse_args_and_config(["--config", str(recipe)])
+    words = ["--output_dir", "x", "--use_cpu", "--bf16", "false", "--methods", '{"trace": {"weight": 0.2}}']
+    (from_words,) = trl.TrlParser(trl_ext.GRPOConfig).parse_args_and_config(words)
+    assert make_plan(from_yaml.methods) == make_plan(from_words.methods)
+    assert make_plan(from_yaml.methods).methods[0].weight == 0.2
 
 
 # The seams of TRL

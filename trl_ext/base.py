@@ -94,6 +94,11 @@ class MethodTrainer:
         """Forward of teacher, reference or current policy without gradient: states of the last `length` tokens."""
         model, snapshot = self._unwrapped(), None
         if which == TEACHER:
+            if self._teacher is None:  # a checkpoint of `save_only_model` holds none
+                logger.warning(
+                    f"No teacher snapshot at step {self.state.global_step}: it starts from the current weights"
+                )
+                self._teacher = Snapshot(model)
             snapshot = self._teacher
         elif which == REFERENCE and self.ref_model is not None:
             model = self.accelerator.unwrap_model(self.ref_model)

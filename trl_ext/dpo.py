@@ -102,8 +102,7 @@ class DPOTrainer(MethodTrainer, trl.DPOTrainer):  # type: ignore[misc]
         if args is not None:
             check_losses(args, self.plan)
         super().__init__(model, ref_model, args, *rest, **kwargs)
-        columns = getattr(self.train_dataset, "column_names", None)
-        self._start_methods(Setup(self.args, columns=columns, engine=self._engine()))
+        self._start_methods(Setup(self.args, engine=self._engine()))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         training = self.model.training

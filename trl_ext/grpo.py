@@ -72,10 +72,7 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if self._is_vlm and (users := [m.name for m in self.plan.methods if m.needs() & {TEACHER, REFERENCE}]):
             raise PlanError([f"{name}: runs a second forward, which is text-only so far" for name in users])
-        self._start_methods(Setup(self.args, self.reward_func_names, self._columns(), self._engine()))
-
-    def _columns(self) -> list[str] | None:
-        return getattr(self.train_dataset, "column_names", None)
+        self._start_methods(Setup(self.args, self.reward_func_names, self._engine()))
 
     # Loss
 
@@ -118,7 +115,7 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
                 compute_aux_loss=self.aux_loss_enabled,
                 **images_of(inputs),
             )
-        return forward, self._policy_features(torch.cat(seen)) if wanted else None
+        return forward, self._policy_features(seen[0]) if wanted else None
 
     def _loss_input(self, inputs: dict[str, Any], forward: Any, features: Features | None) -> LossInput:
         mask = loss_mask_of(inputs)

@@ -94,7 +94,6 @@ class Setup:
 
     args: Any
     reward_names: Sequence[str] | None = None
-    columns: Sequence[str] | None = None
     engine: str | None = None
 
 

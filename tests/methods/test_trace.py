@@ -290,6 +290,17 @@ def test_policy_annotates_itself(tmp_path):
     assert entry["trace/parse_failure_rate"] == 1.0 and entry["trace/span_coverage"] == 0.0
 
 
+def test_rows_without_a_verdict_are_left_to_grpo(tmp_path, monkeypatch):
+    seen = spied(monkeypatch)
+    make(
+        tmp_path,
+        {"trace": SETTINGS},
+        reward=lambda completions, **kw: [None, *half_right(completions)[1:]],
+        max_steps=1,
+    ).train()
+    assert (seen[0].streams["trace/kind"].amax(1) > 0).sum() == 7
+
+
 def test_composes_with_high_entropy(tmp_path, monkeypatch):
     """high_entropy acts on l_t only: the KL at span tokens that it drops stays, their policy gradient is 0."""
     seen = spied(monkeypatch)

@@ -15,6 +15,7 @@ uses the denominators of `loss_type`, so its ratio to the policy term is kept; "
 from __future__ import annotations
 
 import functools
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -211,28 +212,30 @@ class Trace(Method):
         prompts = list(rollout.prompts)
         for i, found in enumerate(spans):
             if found:
-                kinds[i] = self._token_kinds(rollout, i, found, texts[i], KEY if right[i] else ERROR)
-                note = teacher_note([span.label for span in found], right[i])
+                verdict = bool(right[i])
+                kinds[i] = self._token_kinds(rollout, i, found, texts[i], _kind(verdict))
+                note = teacher_note([span.label for span in found], verdict)
                 prompts[i] = teacher_messages(prompts[i], note)
         ids, mask = _left_padded(rollout.encode_prompts(prompts), rollout.pad_token_id, kinds.device)
         self._log_spans(rollout, kinds)
         return {"kind": kinds, "prompt_ids": ids, "prompt_mask": mask}
 
-    def _verdicts(self, rollout: Rollout) -> list[bool]:
+    def _verdicts(self, rollout: Rollout) -> list[bool | None]:
+        """Right, wrong, or None where the verifier does not apply."""
         column = rollout.reward_names.index(self.verifier) if self.verifier else 0
-        return (rollout.rewards[:, column].nan_to_num() >= self.threshold).tolist()
+        return [None if math.isnan(r) else r >= self.threshold for r in rollout.rewards[:, column].tolist()]
 
     def _annotate(
-        self, rollout: Rollout, right: Sequence[bool], segments: Sequence[list[tuple[int, int]]]
+        self, rollout: Rollout, right: Sequence[bool | None], segments: Sequence[list[tuple[int, int]]]
     ) -> list[list[Span]]:
         """Spans per row; rows of a class that is not routed, or without text, are not sent."""
         routed = {KEY, ERROR} if self.mask_inactive else set(self.active)
-        sent = [i for i, ok in enumerate(right) if (KEY if ok else ERROR) in routed and segments[i]]
+        sent = [i for i, ok in enumerate(right) if ok is not None and _kind(ok) in routed and segments[i]]
         requests = [
             Request(
                 problem=_problem(rollout.prompts[i]),
                 segments=tuple(rollout.completions[i][a:b] for a, b in segments[i]),
-                correct=right[i],
+                correct=bool(right[i]),
                 row=rollout.rows[i],
             )
             for i in sent
@@ -326,6 +329,10 @@ class Trace(Method):
         x.metrics.mean("clipped_share", clipped)
         x.metrics.mean("gradient_agrees", agrees)
         return per_token.masked_scatter(here, kl.to(per_token.dtype))
+
+
+def _kind(right: bool) -> int:
+    return KEY if right else ERROR
 
 
 def _problem(prompt: Any) -> str:
