@@ -105,7 +105,7 @@ def test_headline_picks_the_numbers_that_matter():
         "entropy": 0.3456,
         "length": 24.4,
         "trace/lambda": 0.1,
-        "trace/rho": 0.9,
+        "trace/span_coverage": 0.2,  # named by the method's `headline`; rho is not
     }
     assert next(iter(shown)) == "reward"
     one = {"reward": 0.5, "rewards/f/mean": 0.5}

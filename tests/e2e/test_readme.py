@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import yaml
 
 import trl_ext
 from tests.tiny import grpo_args, letters_reward, prompts, tiny_path
+from trl_ext import run_folder
 from trl_ext.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +63,17 @@ def test_command(command, tmp_path):
 
 @pytest.mark.slow
 def test_resume_command(tmp_path):
-    """A run that was stopped goes on: --resume needs one that did not finish."""
+    """After a kill between steps 1 and 2, --resume goes on from step 1 and finishes the run."""
     (command,) = [c for c in COMMANDS if "--resume" in c]
-    before = command.replace(" --resume", "") + " --save_strategy steps --save_steps 1"
+    before = command.replace(" --resume", "") + " --save_strategy steps --save_steps 1 --save_total_limit 5"
     assert run(before, tmp_path).returncode == 0
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    run_folder.mark(str(tmp_path / "run"), "running")
     done = run(command, tmp_path)
-    assert done.returncode in (0, 2), done.stderr[-2000:]
-    assert done.returncode == 0 or "finished" in done.stderr or "resume" in done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert steps[:2] == [1, 2] and (tmp_path / "run/report.md").exists()
+    assert run(command, tmp_path).returncode == 2, "a finished run has nothing to resume"
 
 
 def test_all_commands_are_known():
