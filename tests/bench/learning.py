@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,13 @@ def run_all(wanted: Sequence[RunSettings], folder: Path, jobs: int, go: Go) -> l
 
 
 def bench(
-    chosen: Mapping[str, Any], seeds: int, folder: Path, jobs: int, go: Go = in_process, **settings: Any
+    chosen: Mapping[str, Any],
+    seeds: int,
+    folder: Path,
+    jobs: int,
+    go: Go = in_process,
+    tag: str = "",
+    **settings: Any,
 ) -> dict[str, Any]:
     """All arms and seeds -> the result with tables and verdict; the picture beside it. Seed by seed, so that what an
     interrupted bench has finished is comparable."""
@@ -119,6 +126,7 @@ def bench(
         "verdict": learning_report.verdict(runs),
     }
     name = "learning_" + "_".join(arm for arm in chosen if arm != BASELINE and "," not in arm).replace("+", "-")
+    name += f"_{tag}" if tag else ""
     result["picture"] = f"{name}.png"
     plots.draw(
         runs, folder / f"{name}.png", f"{seeds} seeds, mean and 95% interval. {machine_text(result['machine'])}"
@@ -140,18 +148,23 @@ def main(words: Sequence[str] | None = None) -> None:
         "--ablations", action="store_true", help="also the cards' controls: all and random spans, lowest"
     )
     parser.add_argument("--settings", type=json.loads, default={}, help='JSON, e.g. {"trace": {"action": "both"}}')
+    parser.add_argument(
+        "--overrides", type=shlex.split, default=[], help="changes of the recipe for all arms: '--learning_rate 3e-4'"
+    )
+    parser.add_argument("--tag", default="", help="end of the result's name, to keep it beside another setting's")
     parser.add_argument("--quick", action="store_true", help="two seeds of four steps: does it work at all?")
     parser.add_argument("--out", type=Path, help="folder (default tests/bench/results; a temporary one if quick)")
     args = parser.parse_args(words)
     chosen = arms(args.methods.split(","), args.ablations, args.settings)
     sizes: dict[str, Any] = {"steps": args.steps, "eval_every": max(1, args.steps // 5), "eval_rows": 400}
+    sizes["overrides"] = tuple(args.overrides)
     seeds, folder = args.seeds, args.out or RESULTS
     if args.quick:
         sizes = {k: v for k, v in QUICK.items() if k != "seeds"} | {"overrides": QUICK_OVERRIDES}
         seeds, folder = QUICK["seeds"], args.out or Path(tempfile.mkdtemp(prefix="learning-"))
     say("the sandbox's model: built and warm-started on first use")
     ensure_model()
-    result = bench(chosen, seeds, folder, args.jobs, **sizes)
+    result = bench(chosen, seeds, folder, args.jobs, tag=args.tag, **sizes)
     sys.stdout.write(learning_report.markdown(result) + "\n")
 
 

@@ -197,11 +197,14 @@ def _table(runs: Runs, metrics: Sequence[Metric], read: Callable[[str, Metric], 
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The stored result as text for the README."""
-    lines = "\n".join(f"- {line}" for line in result["verdict"])
+    """The stored result as text: tables, verdict, conditions."""
+    return "\n\n".join([result["tables"], "\n".join(f"- {line}" for line in result["verdict"]), foot(result)])
+
+
+def foot(result: Mapping[str, Any]) -> str:
+    """One sentence with the conditions of a stored result."""
     about = result["about"]
-    foot = (
+    return (
         f"{len(about['seeds'])} seeds, {about['steps']} steps, {about['eval_rows']} held-out problems, equal rollouts; "
         f"means with 95% t intervals over seeds. {machine_text(result['machine'])}."
     )
-    return "\n\n".join([result["tables"], lines, foot])

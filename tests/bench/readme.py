@@ -61,13 +61,26 @@ def _result(name: str, target: str, show: Callable[[dict[str, Any]], str], folde
 
 
 def _learning(folder: Path) -> str:
-    """Every stored learning bench: heading, picture, tables, verdict."""
+    """Every stored learning bench in short: what was compared, the end values, the verdict on the methods themselves.
+
+    Paired differences and the controls' verdicts are in the JSON file.
+    """
     parts = []
     for path in sorted(folder.glob("learning_*.json")):
         result = json.loads(path.read_text())
-        title = ", ".join(arm for arm in result["about"]["arms"] if arm != learning_report.BASELINE)
-        picture = f"![{title}](tests/bench/results/{result['picture']})"
-        parts.append(f"### {title}\n\n{picture}\n\n{learning_report.markdown(result)}")
+        arms, about = result["about"]["arms"], result["about"]
+        main = [arm for arm in arms if arm != learning_report.BASELINE and "," not in arm]
+        changes = " ".join(about.get("overrides", ()))
+        lines = [f"- {line}" for line in result["verdict"] if any(line.startswith(f"{arm} ") for arm in main)]
+        parts += [
+            f"### {', '.join(main)}: {path.stem}",
+            f"Settings: `{json.dumps({arm: arms[arm] for arm in main})}`"
+            + (f", recipe `{changes}`" if changes else ""),
+            f"![{', '.join(main)}](tests/bench/results/{result['picture']})",
+            result["tables"].split("\n\n")[0],
+            "\n".join(lines),
+            learning_report.foot(result),
+        ]
     return "\n\n".join(parts) or MISSING.format(target="bench-learning")
 
 
