@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from tests.bench.steps import Bench, Variant  # noqa: E402
 
 MIB = 2**20
 BASE = Shape(8, 32, 128, hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, intermediate=768, vocab=8192)
-WIDE = Shape(4, 16, 64, hidden=64, layers=4, heads=2, kv_heads=1, head_dim=32, intermediate=192, vocab=151_936)
+WIDE = Shape(8, 16, 32, hidden=64, layers=4, heads=2, kv_heads=1, head_dim=32, intermediate=192, vocab=151_936)
 SHAPES = {"V = 8k": BASE, "V = 151,936": WIDE}
 GROWN = {
     "T x 2": dataclasses.replace(BASE, completion=2 * BASE.completion),
@@ -135,9 +136,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="JSON file (default tests/bench/results/overhead.json; none if quick)"
     )
+    parser.add_argument("--shape", choices=SHAPES, help="measure this shape alone and put it into the stored result")
     args = parser.parse_args(words)
-    result = run({"tiny": TINY}, {}, 2) if args.quick else run(SHAPES, GROWN, args.rounds)
     out = args.out or (None if args.quick else RESULTS / "overhead.json")
+    if args.shape and out:
+        result = json.loads(out.read_text())
+        (measured,) = run({args.shape: SHAPES[args.shape]}, {}, result["rounds"])["shapes"]
+        result["shapes"] = [measured if shape["name"] == args.shape else shape for shape in result["shapes"]]
+    else:
+        result = run({"tiny": TINY}, {}, 2) if args.quick else run(SHAPES, GROWN, args.rounds)
     if out:
         write_json(out, result)
         say(f"written: {out}")

@@ -141,6 +141,10 @@ def prompt_rows(shape: Shape, share: float) -> list[dict[str, Any]]:
     empty = tokenizer().apply_chat_template(_user(""), add_generation_prompt=True, tokenize=True, return_dict=False)
     width, prompts = max(1, shape.prompt - len(empty)), shape.rows // GROUP
     flagged = round(share * prompts)
+    if share > 0 and flagged == 0:
+        raise ValueError(
+            f"{shape.rows} rows are {prompts} prompts, of which a share of {share} is none: take more rows"
+        )
     return [{"prompt": _user(str(i % 10) * width), "flagged": i < flagged} for i in range(prompts)]
 
 
