@@ -17,7 +17,7 @@ from tests.tiny import weights
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, *command, "-m", "tests.distributed.worker", str(out)],

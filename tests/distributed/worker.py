@@ -5,6 +5,7 @@ Completions are drawn from the global row number, so that one process and two se
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -66,8 +67,12 @@ def main(out: str) -> None:
         if trainer.accelerator.is_main_process:
             log = [{k: v for k, v in e.items() if "/" in k} for e in trainer.state.log_history]
             torch.save({"weights": weights(trainer), "log": log}, Path(out) / f"{case}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(0)  # all is written; gloo's threads abort the interpreter's own exit now and then
