@@ -5,7 +5,7 @@ METHODS ?= trace
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train plan eval test lint bench-overhead bench-learning bench-gpu docs clean
+.PHONY: train plan test lint bench-overhead bench-learning bench-gpu docs clean
 
 train: .venv/.run
 	$(BIN)/trl-ext train $(RECIPE) $(ARGS)
