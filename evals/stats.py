@@ -18,8 +18,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-ALPHA = 0.05
-"""Two-sided level of every interval and test here."""
+from evals.statistics.quantiles import ALPHA, t_quantile, wilson_interval
+
 POWER = 0.8
 """Chance of seeing an effect of the size that is called detectable."""
 EXACT_UP_TO = 20
@@ -88,68 +88,53 @@ def question_scores(scores: Scores) -> NDArray[np.float64]:
     return values
 
 
-def t_central(t: float, df: int) -> float:
-    """P(|T| <= t) for Student's t with `df` degrees of freedom, t >= 0; closed forms 26.7.3 and 26.7.4 of Abramowitz
-    and Stegun. With theta = atan(t / sqrt(df)):
-
-        odd   2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ...))   (df - 1)/2 terms
-        even  sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...)                      df/2 terms
-    """
-    theta = math.atan(t / math.sqrt(df))
-    sin, cos = math.sin(theta), math.cos(theta)
-    odd = df % 2
-    count = (df - 1) // 2 if odd else df // 2
-    i = np.arange(1, count)
-    ratios = cos**2 * ((2 * i) / (2 * i + 1) if odd else (2 * i - 1) / (2 * i))
-    series = float(np.concatenate([[1.0], np.cumprod(ratios)]).sum()) if count else 0.0
-    return 2 / math.pi * (theta + sin * cos * series) if odd else sin * series
-
-
-def t_quantile(df: int, alpha: float = ALPHA) -> float:
-    """The t with P(|T| > t) = alpha, by bisection. Raises ValueError unless df >= 1 and 0 < alpha < 1."""
-    if df < 1 or not 0 < alpha < 1:
-        raise ValueError(f"t_quantile: df {df} must be at least 1 and alpha {alpha} in (0, 1)")
-    low, high = 0.0, 1.0
-    while t_central(high, df) < 1 - alpha:
-        low, high = high, 2 * high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_central(middle, df) < 1 - alpha else (low, middle)
-    return (low + high) / 2
-
-
 def standard_error(values: NDArray[np.float64]) -> float:
     """SD (n - 1 in the denominator) / sqrt(n) of (n,) values."""
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
+def cluster_means(values: NDArray[np.float64], groups: Sequence[str] | None) -> NDArray[np.float64]:
+    """(N,) values of questions -> (G,) means of their clusters, in the order of their names; None: every question is one.
+
+    Questions from one template are correlated, so that the template is the unit. Raises ValueError for another number of
+    groups than questions, and for fewer than 2 clusters.
+    """
+    if groups is None:
+        return values
+    if len(groups) != len(values):
+        raise ValueError(f"groups: {len(groups)} groups for {len(values)} questions")
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError("groups: an interval needs at least 2 clusters")
+    return np.asarray(np.bincount(index, weights=values) / np.bincount(index))
+
+
+def _effective(units: NDArray[np.float64], replies: int) -> float:
+    mean, error = float(units.mean()), standard_error(units)
+    return len(units) if error == 0 else min(replies, mean * (1 - mean) / error**2)
+
+
+def mean_interval(units: NDArray[np.float64], replies: int) -> tuple[float, float, float]:
+    """(mean, low, high) of (U,) unit means in [0, 1]: Wilson with the t quantile of U - 1 degrees on the effective number
+    of replies min(replies, m (1 - m) / SE^2), or U if SE = 0.
+    """
+    mean = min(1.0, float(units.mean()))  # a sum of ones may round above
+    return mean, *wilson_interval(mean, _effective(units, replies), t_quantile(len(units) - 1))
+
+
 def effective_n(scores: Scores) -> float:
     """How many independent replies the scores are worth: min(N K, m (1 - m) / SE^2), SE over questions; N if SE = 0."""
     values = question_scores(scores)
-    per_question = values.mean(1)
-    mean, error = float(per_question.mean()), standard_error(per_question)
-    return len(values) if error == 0 else min(values.size, mean * (1 - mean) / error**2)
+    return _effective(values.mean(1), values.size)
 
 
-def wilson_interval(mean: float, n: float, quantile: float) -> tuple[float, float]:
-    """Wilson's score interval: (m + q^2/2n -+ q sqrt(m(1-m)/n + q^2/4n^2)) / (1 + q^2/n), within [0, 1].
+def estimate(scores: Scores, groups: Sequence[str] | None = None) -> Estimate:
+    """avg@K with Wilson's interval on the effective number of replies and the t quantile with N - 1 degrees.
 
-    Raises ValueError unless 0 <= mean <= 1 and n > 0.
+    With `groups` (one per question) the mean is over clusters of their means, and clusters take the questions' place.
     """
-    if not 0 <= mean <= 1 or n <= 0:
-        raise ValueError(f"wilson_interval: mean {mean} must lie in [0, 1] and n {n} above 0")
-    square = quantile**2 / n
-    half = quantile * math.sqrt(mean * (1 - mean) / n + square / (4 * n))
-    centre, scale = mean + square / 2, 1 + square
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def estimate(scores: Scores) -> Estimate:
-    """avg@K with Wilson's interval on the effective number of replies and the t quantile with N - 1 degrees."""
     values = question_scores(scores)
-    mean = float(values.mean())
-    low, high = wilson_interval(mean, effective_n(values), t_quantile(len(values) - 1))
-    return Estimate(mean, low, high, *values.shape)
+    return Estimate(*mean_interval(cluster_means(values.mean(1), groups), values.size), *values.shape)
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
@@ -181,26 +166,57 @@ def minimum_detectable_effect(error: float) -> float:
     return (normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)) * error
 
 
-def compare(before: Scores, after: Scores, seed: int = 0) -> Comparison:
+def compare(before: Scores, after: Scores, seed: int = 0, groups: Sequence[str] | None = None) -> Comparison:
     """Paired comparison of two (N, K) score tables of the same questions in the same order; K may differ.
 
-    Raises ValueError for bad scores or another number of questions.
+    With `groups` (one per question) interval, test and detectable effect use the mean difference of each cluster; wins,
+    losses and ties still count questions. Raises ValueError for bad scores or another number of questions.
     """
-    first, second = question_scores(before), question_scores(after)
-    if len(first) != len(second):
-        raise ValueError(f"compare: {len(first)} questions before and {len(second)} after; they must be the same")
+    first, second = _pair(before, after)
     d = second.mean(1) - first.mean(1)
-    mean, error = float(d.mean()), standard_error(d)
-    half = t_quantile(len(d) - 1) * error
+    return summarise(cluster_means(d, groups), d, sign_flip_p(cluster_means(d, groups), seed))
+
+
+def summarise(units: NDArray[np.float64], questions: NDArray[np.float64], p: float) -> Comparison:
+    """The Comparison of (U,) differences of units, of which (N,) questions won or lost, with a given p value."""
+    mean, error = float(units.mean()), standard_error(units)
+    half = t_quantile(len(units) - 1) * error
     return Comparison(
         difference=mean,
         low=max(-1.0, mean - half),
         high=min(1.0, mean + half),
         standard_error=error,
-        p=sign_flip_p(d, seed),
+        p=p,
         detectable=minimum_detectable_effect(error),
-        n=len(d),
-        wins=int((d > 0).sum()),
-        losses=int((d < 0).sum()),
-        ties=int((d == 0).sum()),
+        n=len(questions),
+        wins=int((questions > 0).sum()),
+        losses=int((questions < 0).sum()),
+        ties=int((questions == 0).sum()),
     )
+
+
+def fixed_interval(before: Scores, after: Scores, groups: Sequence[str] | None = None) -> tuple[float, float] | None:
+    """95 % interval of the difference on these very questions: replies would be drawn anew, the questions would not.
+
+    SE = sqrt(sum_i w_i^2 (p_i (1 - p_i) / (K - 1) + q_i (1 - q_i) / (K - 1))), normal quantile; w_i = 1 / N, or
+    1 / (clusters * questions in the cluster) with `groups`. p (1 - p) / (K - 1) is the variance of a mean of K zeros and
+    ones; other scores use theirs. None below 4 replies: too few to know the noise of a question.
+    """
+    first, second = _pair(before, after)
+    if min(first.shape[1], second.shape[1]) < 4:
+        return None
+    noise = sum(values.var(1, ddof=1) / values.shape[1] for values in (first, second))
+    weights = np.full(len(first), 1 / len(first))
+    if groups is not None:
+        _, index, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+        weights = 1 / (len(sizes) * sizes[index])
+    mean = float(weights @ (second.mean(1) - first.mean(1)))
+    half = NormalDist().inv_cdf(1 - ALPHA / 2) * math.sqrt(float(weights**2 @ noise))
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def _pair(before: Scores, after: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first, second = question_scores(before), question_scores(after)
+    if len(first) != len(second):
+        raise ValueError(f"compare: {len(first)} questions before and {len(second)} after; they must be the same")
+    return first, second

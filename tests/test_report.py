@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerState
 
+from evals import environment
 from tests import tiny
 from trl_ext import report
 from trl_ext.grpo import GRPOConfig, GRPOTrainer
@@ -328,16 +329,16 @@ def test_git_state(tmp_path):
         identity = ["-c", "user.name=n", "-c", "user.email=e"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
 
-    assert opening.git_state(tmp_path) is None
+    assert environment.git_state(tmp_path) is None
     git("init")
-    assert opening.git_state(tmp_path) == {"commit": None, "dirty": False}
+    assert environment.git_state(tmp_path) == {"commit": None, "dirty": False}
     git("commit", "--allow-empty", "-m", "m")
-    clean = opening.git_state(tmp_path)
+    clean = environment.git_state(tmp_path)
     assert len(clean["commit"]) == 40
     assert not clean["dirty"]
     (tmp_path / "new").write_text("")
-    assert opening.git_state(tmp_path) == clean | {"dirty": True}
-    assert opening.version_of("no-such-package") is None
+    assert environment.git_state(tmp_path) == clean | {"dirty": True}
+    assert environment.version_of("no-such-package") is None
 
 
 def write_log(folder, steps=40):

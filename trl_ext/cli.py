@@ -1,4 +1,4 @@
-"""`trl-ext`: train a recipe, show its plan, list the methods."""
+"""`trl-ext`: train a recipe, show its plan, list the methods; evaluate, compare, grade and report (`evals.cli`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from evals import cli as evals_cli
 
 if TYPE_CHECKING:  # torch is imported by a command that needs it, so that --help is quick
     from trl_ext.method import Method
@@ -19,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 with a plain message for an error that the user can fix."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "methods" and rest:
+    if args.command not in ("train", "plan") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         if args.command == "methods":
             return _methods(args.name)
         _quiet()
+        if args.command in evals_cli.COMMANDS:
+            return evals_cli.run(args)
         return _train(args, rest) if args.command == "train" else _plan(args.recipe, rest)
     except KeyboardInterrupt as stop:
         print("\n".join(["Interrupted.", *getattr(stop, "__notes__", [])]), file=sys.stderr)
@@ -48,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("recipe", help="name of a recipe in recipes/, or a YAML file")
     methods = commands.add_parser("methods", help="list the methods, or explain one", allow_abbrev=False)
     methods.add_argument("name", nargs="?", help="a method's name")
+    evals_cli.add_commands(commands)
     return parser
 
 
@@ -61,7 +66,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from trl_ext.rewards import RewardError
     from trl_ext.saved import SavedModelError
 
-    return (AnnotatorError, CheckpointError, DataError, PlanError, RecipeError, RewardError, SavedModelError)
+    own = (AnnotatorError, CheckpointError, DataError, PlanError, RecipeError, RewardError, SavedModelError)
+    return (*own, *evals_cli.user_errors())
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -45,7 +45,7 @@ def sandbox_config(tokenizer: PreTrainedTokenizerBase, settings: WarmStart) -> Q
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads // 2,
         head_dim=settings.hidden // settings.heads,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=0.05,
         pad_token_id=tokenizer.pad_token_id,

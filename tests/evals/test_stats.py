@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evals import stats
+from evals.statistics.quantiles import t_central
 
 # The worked example, K = 8 replies to each of 10 questions.
 BASE = [0, 0, 0.125, 0.25, 0.5, 0.5, 0.75, 1, 1, 0]
@@ -70,7 +71,7 @@ def test_t_quantile_against_the_tables(df, expected):
 def test_t_central_equals_the_integral_of_the_density(df):
     x = np.linspace(-1.7, 1.7, 200_001)
     constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    assert stats.t_central(1.7, df) == pytest.approx(
+    assert t_central(1.7, df) == pytest.approx(
         np.trapezoid(constant * (1 + x**2 / df) ** (-(df + 1) / 2), x), abs=1e-8
     )
 
@@ -153,3 +154,66 @@ def test_other_bad_input():
         stats.wilson_interval(1.2, 10, 1.96)
     with pytest.raises(ValueError, match="df 0"):
         stats.t_quantile(0)
+
+
+def test_fixed_questions_to_six_decimals():
+    found = stats.fixed_interval(replies(BASE), replies(ADAPTER))
+    half = 1.959964 * 0.055097
+    assert found == pytest.approx((0.075 - half, 0.075 + half), abs=2e-6)
+    noise = sum(p * (1 - p) / 7 + q * (1 - q) / 7 for p, q in zip(BASE, ADAPTER, strict=True))
+    assert round(math.sqrt(noise) / 10, 6) == 0.055097
+
+
+def test_fixed_questions_need_four_replies():
+    table = [[0, 1, 1], [1, 1, 0], [0, 0, 1]]
+    assert stats.fixed_interval(table, table) is None
+    four = [[0, 1, 1, 0], [1, 1, 0, 0]]
+    low, high = stats.fixed_interval(four, four)
+    assert low == -high < 0  # no change, but other replies might have shown one
+
+
+def test_clusters_replace_questions():
+    # Two templates of two questions and one of one: cluster means 0.5, 0.25, 1.
+    scores, groups = [[1, 1], [0, 0], [0, 1], [0, 0], [1, 1]], ["a", "a", "b", "b", "c"]
+    found = stats.estimate(scores, groups)
+    assert found.mean == pytest.approx((0.5 + 0.25 + 1) / 3)
+    assert (found.n, found.samples) == (5, 2)
+    units = np.array([0.5, 0.25, 1.0])
+    effective = min(10, units.mean() * (1 - units.mean()) / (units.var(ddof=1) / 3))
+    expected = stats.wilson_interval(units.mean(), effective, stats.t_quantile(2))
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_clusters_of_one_question_change_nothing():
+    names = [str(i) for i in range(10)]
+    assert stats.estimate(replies(BASE), names) == stats.estimate(replies(BASE))
+    assert stats.compare(replies(BASE), replies(ADAPTER), groups=names) == stats.compare(
+        replies(BASE), replies(ADAPTER)
+    )
+    assert stats.fixed_interval(replies(BASE), replies(ADAPTER), names) == pytest.approx(
+        stats.fixed_interval(replies(BASE), replies(ADAPTER))
+    )
+
+
+def test_fixed_questions_weigh_clusters_equally():
+    before, after = [[0, 1, 1, 0], [1, 1, 0, 1], [0, 0, 0, 1]], [[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]
+    low, high = stats.fixed_interval(before, after, ["a", "a", "b"])
+    # Weights 1/4, 1/4, 1/2; p (1 - p) / 3 of each side: 1/12 + 1/16, 1/16 + 0, 1/16 + 1/12.
+    noise = (1 / 12 + 1 / 16) / 16 + (1 / 16) / 16 + (1 / 16 + 1 / 12) / 4
+    assert (low + high) / 2 == pytest.approx(0.25)
+    assert (high - low) / 2 == pytest.approx(1.959964 * math.sqrt(noise), rel=1e-6)
+
+
+def test_copies_of_a_question_add_nothing_when_clustered():
+    groups = [name for name in "abcdefghij" for _ in range(5)]
+    before, after = ([m for m in means for _ in range(5)] for means in (BASE, ADAPTER))
+    once, copies = stats.compare(BASE, ADAPTER), stats.compare(before, after, groups=groups)
+    assert (copies.low, copies.high, copies.p) == pytest.approx((once.low, once.high, once.p))
+    assert (copies.n, copies.wins, copies.losses, copies.ties) == (50, 25, 5, 20)  # questions
+    assert stats.compare(before, after).high < once.high  # without clusters: falsely narrow
+
+
+@pytest.mark.parametrize(("groups", "message"), [(["a"], "1 groups for 10"), (["a"] * 10, "at least 2 clusters")])
+def test_bad_groups(groups, message):
+    with pytest.raises(ValueError, match=message):
+        stats.estimate(replies(BASE), groups)

@@ -1,0 +1,1 @@
+"""From graded replies to the findings of a report."""

@@ -1,0 +1,1 @@
+"""Items: programs that make questions, and loaders of public data sets."""

@@ -1,0 +1,149 @@
+"""From stored replies to a result: grades every reply, has lm-eval write its own numbers, and compares the subjects.
+
+Nothing here needs a model, so a better grader, another split or a new page never costs a generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evals.analysis.tables import Graded
+from evals.analysis.task import analyse
+from evals.analysis.verdict import finish_result
+from evals.data.build import fingerprint
+from evals.generation.lm import Replies, StoredLM
+from evals.generation.store import Reply, Store, StoreError
+from evals.judging import best_of, judged
+from evals.result import Result, TaskResult
+from evals.session import Asked, Session
+from evals.task import Item, Task
+from evals.tasks import TASKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The report, and for each subject lm-eval's own result dictionary."""
+
+    result: Result
+    lm_eval: Mapping[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One task with its items and, for each subject in order, its replies by (item, sample)."""
+
+    task: Task
+    asked: Asked
+    items: Sequence[Item]
+    replies: tuple[Replies, ...]
+    control: Replies | None
+
+
+def score(session: Session, tokenizer: Any = None, settings: Any = None) -> Scored:
+    """Grades a session. With a tokenizer lm-eval's prompts are checked against those that were answered.
+
+    Raises StoreError for missing replies or items that changed, DataError when a task's data cannot be had any more.
+    """
+    answered = [_answered(session, asked, TASKS[asked.task]) for asked in session.tasks]
+    results = tuple(_analysed(session, one) for one in answered)
+    lm_eval = {
+        subject.name: lm_eval_results(answered, index, tokenizer, settings)
+        for index, subject in enumerate(session.subjects)
+    }
+    result = finish_result(
+        session.subjects,
+        results,
+        targets=session.targets,
+        environment=session.environment,
+        skipped=session.skipped,
+        notes=session.notes,
+        repeats=session.repeats,
+    )
+    return Scored(result, lm_eval)
+
+
+def _answered(session: Session, asked: Asked, task: Task) -> Answered:
+    items = task.load(asked.source)
+    if fingerprint(items) != asked.fingerprint:
+        raise StoreError(
+            f"{task.name}: its questions are not those that were answered (the data or its loader changed since), so "
+            "the old replies cannot be graded; evaluate again"
+        )
+    replies = tuple(_replies(session.store, asked, about) for about in asked.abouts)
+    control = None if asked.control is None else _replies(session.store, asked, asked.control)
+    return Answered(task, asked, items, replies, control)
+
+
+def _replies(folder: str, asked: Asked, about: Mapping[str, Any]) -> dict[tuple[str, int], Reply]:
+    found = Store(folder, about).read()
+    wanted = [(item, sample) for item in asked.prompts for sample in range(asked.sampling.samples)]
+    missing = [name for name in wanted if (*name, asked.prompts[name[0]]) not in found]
+    if missing:
+        raise StoreError(
+            f"{asked.task}: {len(missing)} of {len(wanted)} replies are not in {folder}; evaluate again, which asks for "
+            "the missing ones only"
+        )
+    return {name: found[*name, asked.prompts[name[0]]] for name in wanted}
+
+
+def graded(task: Task, items: Sequence[Item], replies: Replies, samples: int) -> dict[str, list[Graded]]:
+    """item id -> a graded reply for each sample."""
+    found: dict[str, list[Graded]] = {}
+    for item in items:
+        several = [replies[item.id, sample] for sample in range(samples)]
+        found[item.id] = [
+            Graded(task.grade(item, r.text), r.text, r.tokens, r.finish == "length", r.sample) for r in several
+        ]
+    return found
+
+
+def _analysed(session: Session, one: Answered) -> TaskResult:
+    samples, names = one.asked.sampling.samples, [subject.name for subject in session.subjects]
+    tables = {
+        name: graded(one.task, one.items, replies, samples) for name, replies in zip(names, one.replies, strict=True)
+    }
+    given = one.asked.sampling, one.asked.notes
+    found = analyse(one.task, one.items, tables, session.subjects, *given)
+    if session.judge is not None:
+        found = _with_judge(found, session.judge, one, tables)
+    if one.control is None:
+        return found
+    base, control = session.subjects[0], dataclasses.replace(session.subjects[0], name="grammar control")
+    pair = {base.name: tables[base.name], control.name: graded(one.task, one.items, one.control, samples)}
+    beside = analyse(one.task, one.items, pair, [base, control], *given)
+    return dataclasses.replace(found, control=beside.scores[1], control_versus=beside.versus[0])
+
+
+def _with_judge(found: TaskResult, name: str, one: Answered, tables: Mapping[str, Any]) -> TaskResult:
+    from trl_ext.rewards import make_reward
+
+    reward = make_reward(name)
+    curves = {subject: judged(one.task, one.items, table, reward) for subject, table in tables.items()}
+    words = [f"{subject} under {name}: {curve.words}" for subject, curve in curves.items() if curve is not None]
+    best = tuple(None if curve is None else best_of(curve) for curve in curves.values())
+    return dataclasses.replace(found, notes=(*found.notes, *words), best_of=best)
+
+
+def lm_eval_results(answered: Sequence[Answered], subject: int, tokenizer: Any, settings: Any) -> dict[str, Any]:
+    """What `lm_eval` itself writes for one subject, from the same replies and the same graders."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from evals.tasks.lm_eval import as_lm_eval
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it greets every task object with advice on its options
+    objects = [as_lm_eval(one.task, one.items, one.asked.sampling.samples, one.asked.sampling) for one in answered]
+    replies = {one.task.name: one.replies[subject] for one in answered}
+    found = simple_evaluate(
+        model=StoredLM(replies, tokenizer, settings),
+        tasks=objects,
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    assert found is not None, "lm-eval returns nothing on other ranks only, and it runs on one"
+    return dict(found)

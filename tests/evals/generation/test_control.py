@@ -1,0 +1,49 @@
+"""Replies under a grammar: a random model can then only write what its schema allows."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.generation.control import SchemaControl
+from evals.generation.hf import HFGenerator, Job, end_ids
+from evals.task import Sampling
+from tests.tiny import tiny_path
+
+SCHEMAS = {
+    "flat": {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "ok": {"type": "boolean"}},
+        "required": ["n", "ok"],
+        "additionalProperties": False,
+    },
+    "list": {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 1, "maxItems": 3},
+}
+
+
+def answers(sampling: Sampling) -> list[tuple[str, str, str]]:
+    torch.set_num_threads(1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_path()), AutoTokenizer.from_pretrained(tiny_path())
+    control = SchemaControl(tokenizer, model.config.vocab_size, end_ids(model, tokenizer), SCHEMAS)
+    jobs = [Job("t", item, n, f"{item}?") for item in SCHEMAS for n in range(sampling.samples)]
+    batches = HFGenerator(model, tokenizer, 3, control).generate(jobs, sampling)
+    return [(r.item, r.text, r.finish) for batch in batches for r in batch]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(6, 1.0, max_new_tokens=120), Sampling(1, 0.0, max_new_tokens=120)])
+def test_every_reply_that_ends_is_valid(sampling: Sampling) -> None:
+    found = answers(sampling)
+    ended = [(item, text) for item, text, finish in found if finish == "stop"]
+    assert len(ended) >= 0.5 * len(found), "white space is legal JSON, so a random model may not come to an end"
+    for item, text in ended:
+        jsonschema.validate(json.loads(text), SCHEMAS[item])
+
+
+def test_a_schema_without_a_grammar_names_its_item() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    with pytest.raises(ValueError, match=r"item odd: no grammar can be made from its schema"):
+        SchemaControl(tokenizer, len(tokenizer), [2], {"odd": {"type": "string", "pattern": "(?=a)b"}})

@@ -1,0 +1,255 @@
+"""The whole path with models of known accuracy: data, replies, store, grading, lm-eval's numbers, verdict, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from evals import cli
+from evals.generation.collect import fitted
+from evals.generation.store import StoreError
+from evals.models import ModelError
+from evals.report.files import load
+from evals.result import Result
+from evals.run import ready_tasks
+from evals.score import score
+from evals.session import Session, load_session
+from evals.settings import Settings, SettingsError, sampling_for
+from evals.task import DataError, Sampling
+from evals.tasks import TASKS, get_tasks
+from tests.evals.scripted import Script, Scripted, ScriptedEngine, plan
+
+NAMES = ("aime_synth", "gsm_json_synth", "mcq_synth", "schema_synth", "sandbox_json")
+
+
+def evaluation(settings: Settings, base: float, **candidates: float) -> Scripted:
+    ready, skipped = ready_tasks(settings)
+    items = {item.id: (one.task, item) for one in ready for item in one.items}
+    scripts = {name: Script(items, p) for name, p in {None: base, **candidates}.items()}
+    one = Scripted(plan(*candidates), settings, ready, skipped, lambda count, total: None)
+    identity = {"base": "b"} | {name: f"w-{name}-{p}" for name, p in candidates.items()}
+    one.engine = ScriptedEngine(scripts, one.plan.base, identity)
+    return one
+
+
+def settings(folder: Path, *names: str, samples: int = 2, **changes: object) -> Settings:
+    tasks = tuple(get_tasks(names or NAMES))
+    given = {"limit": 20, "preset": "offline", "store": str(folder / "replies"), "samples": samples}
+    return Settings(tasks, **given | changes)
+
+
+def result_of(session: Session) -> Result:
+    return score(session).result
+
+
+def test_known_accuracies_are_found_and_the_verdicts_have_the_right_sign(tmp_path: Path) -> None:
+    covered = 0
+    for name in NAMES:  # one report each: Holm over many candidates and tasks would hide what 8 families can show
+        chosen = settings(tmp_path, name, limit=100, samples=4)
+        (task,) = result_of(evaluation(chosen, 0.5, better=0.7, same=0.5, worse=0.3).go()).tasks
+        for scores, p in zip(task.scores, (0.5, 0.7, 0.5, 0.3), strict=True):
+            found = scores.metrics[task.headline]
+            covered += found.low <= p <= found.high
+        verdicts = {v.candidate: v.metrics[task.headline] for v in task.versus}
+        assert [verdicts[c].verdict for c in ("better", "same", "worse")] == ["better", "no evidence", "worse"], name
+        same = verdicts["same"].comparison
+        assert (same.difference, same.low, same.high, same.p, same.ties) == (0, 0, 0, 1, same.n), "no-op is exactly 0"
+    assert covered >= 17, "of 20 intervals of 95 %; fewer than 17 has a chance of 2 in 100"
+
+
+def test_a_small_difference_has_the_right_sign(tmp_path: Path) -> None:
+    result = result_of(evaluation(settings(tmp_path, "gsm_json_synth", limit=200, samples=4), 0.5, c=0.6).go())
+    found = result.tasks[0].versus[0].metrics["valid_and_correct"].comparison
+    assert found.low <= 0.1 <= found.high and found.difference > 0
+
+
+def test_lm_evals_own_numbers_are_ours(tmp_path: Path) -> None:
+    one = evaluation(settings(tmp_path, samples=3), 0.4, c=0.8)
+    session = one.go()
+    scored = score(session, one.tokenizer, {})
+    for index, subject in enumerate(session.subjects):
+        theirs = scored.lm_eval[subject.name]["results"]
+        for task in scored.result.tasks:
+            grouped = any(question.group for question in task.questions) and task.name != "gsm_json_synth"
+            for name, found in task.scores[index].metrics.items():
+                if f"{name},all" in theirs[task.name] and not (grouped and TASKS[task.name].metrics[name].ratio):
+                    mean = sum(q.scores[index] for q in task.questions) / len(task.questions)
+                    expected = mean if name == task.headline else found.mean
+                    if not grouped or name == task.headline:
+                        assert theirs[task.name][f"{name},all"] == pytest.approx(expected, abs=1e-9), (task.name, name)
+    assert {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config"} <= set(
+        scored.lm_eval["c"]
+    )
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole = evaluation(settings(tmp_path / "whole"), 0.4, c=0.8)
+    expected = result_of(whole.go())
+    asked = {name: len(script.asked) for name, script in whole.engine.scripts.items()}
+    for name, dies_after in ((None, 0), (None, 2), ("c", 1)):
+        broken = evaluation(settings(tmp_path / "killed"), 0.4, c=0.8)
+        broken.engine.scripts[name].dies_after = dies_after
+        with pytest.raises(KeyboardInterrupt):
+            broken.go()
+    again = evaluation(settings(tmp_path / "killed"), 0.4, c=0.8)
+    found = result_of(again.go())
+    assert dataclasses.replace(found, environment={}) == dataclasses.replace(expected, environment={})
+    for path in (tmp_path / "whole" / "replies").glob("*.jsonl"):
+        other = tmp_path / "killed" / "replies" / path.name
+        assert sorted(path.read_text().splitlines()) == sorted(other.read_text().splitlines())
+    assert len(again.engine.scripts[None].asked) == 0 < len(again.engine.scripts["c"].asked) < asked["c"]
+
+
+def test_more_samples_and_questions_ask_only_for_what_is_missing(tmp_path: Path) -> None:
+    evaluation(settings(tmp_path, "gsm_json_synth", limit=10, samples=2), 0.5, c=0.6).go()
+    more = evaluation(settings(tmp_path, "gsm_json_synth", limit=15, samples=3), 0.5, c=0.6)
+    more.go()
+    asked = more.engine.scripts[None].asked
+    assert len(asked) == 15 * 3 - 10 * 2
+    assert len({(job.item, job.sample) for job in asked}) == len(asked)
+
+
+def test_another_adapter_asks_the_base_nothing_again(tmp_path: Path) -> None:
+    evaluation(settings(tmp_path), 0.5, c=0.6).go()
+    other = evaluation(settings(tmp_path), 0.5, d=0.7)
+    other.go()
+    assert other.engine.scripts[None].asked == [] and other.engine.scripts["d"].asked
+
+
+def test_every_setting_that_changes_replies_asks_anew(tmp_path: Path) -> None:
+    evaluation(settings(tmp_path, "aime_synth"), 0.5).go()
+    for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}, {"max_new_tokens": 50}, {"seed": 3}):
+        again = evaluation(settings(tmp_path, "aime_synth", **change), 0.5)
+        again.go()
+        assert again.engine.scripts[None].asked, change
+    same = evaluation(settings(tmp_path, "aime_synth"), 0.5)
+    same.go()
+    assert same.engine.scripts[None].asked == []
+
+
+def test_regrading_gives_the_same_files_without_a_model(tmp_path: Path) -> None:
+    session = evaluation(settings(tmp_path), 0.4, c=0.8).go()
+    folder = tmp_path / "report"
+    folder.mkdir()
+    session.save(folder)
+    cli.write_report(str(folder), session)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert cli.run(_args("regrade", str(folder))) == 0
+    second = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("report.html", "report.md", "session.json"):
+        assert first[name] == second[name]
+    ours = [json.loads(files["results.json"])["trl_ext"] for files in (first, second)]
+    assert ours[0] == ours[1]
+    assert load_session(folder) == dataclasses.replace(session, store=load_session(folder).store)
+
+
+def _args(*words: str) -> object:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers(dest="command"))
+    return parser.parse_args(words)
+
+
+def test_grading_refuses_what_was_not_answered(tmp_path: Path) -> None:
+    session = evaluation(settings(tmp_path, "aime_synth"), 0.5).go()
+    asked = session.tasks[0]
+    other = dataclasses.replace(asked, fingerprint="another")
+    with pytest.raises(StoreError, match="its questions are not those that were answered"):
+        result_of(dataclasses.replace(session, tasks=(other,)))
+    longer = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, samples=3))
+    with pytest.raises(StoreError, match="20 of 60 replies are not in"):
+        result_of(dataclasses.replace(session, tasks=(longer,)))
+
+
+def test_a_dead_adapter_is_refused_before_the_first_question(tmp_path: Path) -> None:
+    one = evaluation(settings(tmp_path, "aime_synth"), 0.5, c=0.6)
+    one.engine.change = 0.0
+    with pytest.raises(ModelError, match="the adapter c changes nothing"):
+        one.go()
+    assert one.engine.scripts[None].asked == []
+    allowed = evaluation(settings(tmp_path, "aime_synth", allow_inactive=True), 0.5, c=0.5)
+    allowed.engine.change = 0.0
+    assert result_of(allowed.go()).tasks[0].versus[0].metrics["accuracy"].verdict == "no evidence"
+
+
+def test_missing_data_is_skipped_replaced_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = ("aime24", "gsm_json_synth")
+    ready, skipped = ready_tasks(settings(tmp_path, *names))
+    assert [one.task.name for one in ready] == ["gsm_json_synth"]
+    assert skipped[0].name == "aime24" and "aime_synth" in skipped[0].reason
+    ready, skipped = ready_tasks(settings(tmp_path, *names, missing="stand-in"))
+    assert [one.task.name for one in ready] == ["aime_synth", "gsm_json_synth"]
+    assert "says nothing about aime24" in ready[0].notes[0]
+    with pytest.raises(DataError):
+        ready_tasks(settings(tmp_path, *names, missing="fail"))
+    with pytest.raises(DataError, match="no task can be run"):
+        ready_tasks(settings(tmp_path, "aime24"))
+
+
+def test_a_prompt_is_never_cut() -> None:
+    asked = Sampling(2, 1.0, max_new_tokens=100)
+    assert fitted("t", asked, 50, None) == (asked, None)
+    assert fitted("t", asked, 50, 150) == (asked, None)
+    shorter, note = fitted("t", asked, 51, 150)
+    assert shorter == dataclasses.replace(asked, max_new_tokens=99)
+    assert note == "the limit is 99 new tokens, not 100: the model's context has 150 tokens"
+    with pytest.raises(DataError, match="the longest prompt of t has 140 tokens and the model's context is 150"):
+        fitted("t", asked, 140, 150)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": 0}, "samples 0 must be at least 1"),
+        ({"temperature": -1.0}, "must not be negative"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"temperature": 0.0}, "2 samples at temperature 0 would all be the same"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(tmp_path: Path, change: dict, words: str) -> None:
+    chosen = dataclasses.replace(settings(tmp_path, "aime_synth"), **change)
+    with pytest.raises(SettingsError, match=f"aime_synth: .*{words}"):
+        sampling_for(TASKS["aime_synth"], chosen)
+
+
+def test_two_reports_are_compared_on_their_stored_replies(tmp_path: Path) -> None:
+    from evals.compare import Mismatch
+    from evals.merge import compare_reports
+
+    for name, p in (("x", 0.4), ("y", 0.8)):
+        session = evaluation(settings(tmp_path, "aime_synth", "mcq_synth"), 0.5, **{name: p}).go()
+        (tmp_path / name).mkdir()
+        session.save(tmp_path / name)
+    merged = result_of(compare_reports(tmp_path / "x", tmp_path / "y"))
+    assert [subject.name for subject in merged.subjects] == ["x: x", "y: y"]
+    assert merged.tasks[0].versus[0].metrics["accuracy"].comparison.difference > 0.1
+    other = evaluation(settings(tmp_path, "aime_synth", temperature=0.3), 0.5, z=0.8).go()
+    (tmp_path / "z").mkdir()
+    other.save(tmp_path / "z")
+    with pytest.raises(Mismatch, match=r"sampling.temperature: 1.0 against 0.3"):
+        compare_reports(tmp_path / "x", tmp_path / "z")
+    noted = compare_reports(tmp_path / "x", tmp_path / "z", allow_mismatch=True)
+    assert any("compared although they differ" in note for note in noted.notes)
+
+
+def test_the_gate() -> None:
+    assert cli.gate(["better", "no evidence"], ["worse", "not-better"]) == 0
+    assert cli.gate(["worse", "better"], ["worse"]) == cli.GATE_FAILED
+    assert cli.gate(["no evidence"], ["not-better"]) == cli.GATE_FAILED
+    assert cli.gate(["worse"], []) == 0
+
+
+def test_a_report_is_written_whole_and_read_back(tmp_path: Path) -> None:
+    session = evaluation(settings(tmp_path, "gsm_json_synth"), 0.4, c=0.8).go()
+    cli.write_report(str(tmp_path / "report"), session)
+    found = load(tmp_path / "report")
+    assert found.tasks[0].name == "gsm_json_synth"
+    content = (tmp_path / "report" / "results.json").read_text()
+    assert str(tmp_path) not in content, "no machine paths"
