@@ -1,17 +1,23 @@
-# Two commands matter: `make train` and `make test`. Each sets up what it needs, once.
+# `make train`, `make eval` and `make test` each set up what they need, once.
 RECIPE ?= sandbox_trace
+RUN ?=
+TASKS ?=
+PRESET ?=
 ARGS ?=
 METHODS ?= trace
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train plan test lint bench-overhead bench-learning bench-gpu docs clean
+.PHONY: train plan eval test lint bench-overhead bench-learning bench-evals bench-gpu docs clean
 
 train: .venv/.run
 	$(BIN)/trl-ext train $(RECIPE) $(ARGS)
 
 plan: .venv/.run
 	$(BIN)/trl-ext plan $(RECIPE) $(ARGS)
+
+eval: .venv/.run
+	$(BIN)/trl-ext eval $(RUN) $(if $(TASKS),--tasks $(TASKS)) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
@@ -24,6 +30,10 @@ bench-overhead: .venv/.dev
 
 bench-learning: .venv/.dev
 	$(BIN)/python -m tests.bench.learning --methods $(METHODS) $(ARGS)
+
+bench-evals: .venv/.dev
+	$(BIN)/python -m tests.bench.evals_grading $(ARGS)
+	$(BIN)/python -m tests.bench.evals_harness $(ARGS)
 
 bench-gpu: .venv/.dev
 	$(BIN)/python -m tests.bench.gpu $(ARGS)

@@ -137,9 +137,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.tasks == "help":
         print(_task_list())
         return 0
-    from accelerate import PartialState
-
-    from evals.run import Evaluation, ready_tasks
+    from evals.run import Evaluation, processes, ready_tasks
 
     plan = plan_of(args)
     settings = settings_of(args, plan.sandbox)
@@ -150,12 +148,12 @@ def _eval(args: argparse.Namespace) -> int:
         pilots = pilot(_loaded(args.pilot)) if args.pilot else {}
         print(table(ready, len(plan.names) + 1, args.min_effect / 100, pilots))
         return 0
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     with progress(main) as advance:
         evaluation = Evaluation(plan, settings, ready, skipped, advance)
         session = evaluation.go()
     if not main:
-        return 0
+        return 0  # the main process grades and reports
     folder = new_folder(args.out or str(Path("evals_out") / (plan.names[-1] if plan.names else "base")))
     session.save(folder)
     result = write_report(folder, session, evaluation.tokenizer, plan.template_settings)

@@ -35,6 +35,11 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "math-ve
 BASE = "base"
 
 
+def processes() -> PartialState:
+    """The processes that share the work. accelerate counts several on a CPU only when it is told that there is no GPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 class Engine(Protocol):
     """A base in memory with its adapters (`models.Loaded`, or the same in vLLM)."""
 
@@ -109,7 +114,7 @@ class Evaluation:
 
     def go(self) -> Session:
         """Asks every subject every task. Raises ModelError, DataError, StoreError or ValueError."""
-        self.state = PartialState()
+        self.state = processes()
         self.tokenizer = models.load_tokenizer(self.plan.tokenizer, self.plan.base)
         self._note_templates()
         self.prompts = self._fitting_prompts()

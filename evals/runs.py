@@ -85,6 +85,7 @@ def plan_runs(folders: Sequence[Path], checkpoints: bool, changes: Mapping[str, 
         base.model,
         tuple(folders),
         settings,
+        _same(recipes),
     )
 
 
@@ -133,7 +134,7 @@ SEEDS = ("seed", "data_seed", "output_dir", "run_name", "logging_dir", "dataset_
 def _same(recipes: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the runs differ in nothing but their seeds and folders."""
     settled = [{key: value for key, value in recipe.items() if key not in SEEDS} for recipe in recipes]
-    return all(recipe == settled[0] for recipe in settled)
+    return all(one == settled[0] for one in settled)
 
 
 def _path(name: str) -> str:

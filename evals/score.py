@@ -5,8 +5,11 @@ Nothing here needs a model, so a better grader, another split or a new page neve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +20,7 @@ from evals.data.build import fingerprint
 from evals.generation.lm import Replies, StoredLM
 from evals.generation.store import Reply, Store, StoreError
 from evals.judging import best_of, judged
-from evals.result import Result, TaskResult
+from evals.result import Result, Subject, TaskResult
 from evals.session import Asked, Session
 from evals.task import Item, Task
 from evals.tasks import TASKS
@@ -33,12 +36,12 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """One task with its items and, for each subject in order, its replies by (item, sample)."""
+    """One task with its items and, for each subject by name, its replies by (item, sample)."""
 
     task: Task
     asked: Asked
     items: Sequence[Item]
-    replies: tuple[Replies, ...]
+    replies: Mapping[str, Replies]
     control: Replies | None
 
 
@@ -49,10 +52,7 @@ def score(session: Session, tokenizer: Any = None, settings: Any = None) -> Scor
     """
     answered = [_answered(session, asked, TASKS[asked.task]) for asked in session.tasks]
     results = tuple(_analysed(session, one) for one in answered)
-    lm_eval = {
-        subject.name: lm_eval_results(answered, index, tokenizer, settings)
-        for index, subject in enumerate(session.subjects)
-    }
+    lm_eval = {s.name: lm_eval_results(answered, s, tokenizer, settings) for s in session.subjects}
     result = finish_result(
         session.subjects,
         results,
@@ -72,7 +72,8 @@ def _answered(session: Session, asked: Asked, task: Task) -> Answered:
             f"{task.name}: its questions are not those that were answered (the data or its loader changed since), so "
             "the old replies cannot be graded; evaluate again"
         )
-    replies = tuple(_replies(session.store, asked, about) for about in asked.abouts)
+    abouts = zip(session.subjects, asked.abouts, strict=True)
+    replies = {subject.name: _replies(session.store, asked, about) for subject, about in abouts}
     control = None if asked.control is None else _replies(session.store, asked, asked.control)
     return Answered(task, asked, items, replies, control)
 
@@ -101,10 +102,8 @@ def graded(task: Task, items: Sequence[Item], replies: Replies, samples: int) ->
 
 
 def _analysed(session: Session, one: Answered) -> TaskResult:
-    samples, names = one.asked.sampling.samples, [subject.name for subject in session.subjects]
-    tables = {
-        name: graded(one.task, one.items, replies, samples) for name, replies in zip(names, one.replies, strict=True)
-    }
+    samples = one.asked.sampling.samples
+    tables = {name: graded(one.task, one.items, replies, samples) for name, replies in one.replies.items()}
     given = one.asked.sampling, one.asked.notes
     found = analyse(one.task, one.items, tables, session.subjects, *given)
     if session.judge is not None:
@@ -127,23 +126,34 @@ def _with_judge(found: TaskResult, name: str, one: Answered, tables: Mapping[str
     return dataclasses.replace(found, notes=(*found.notes, *words), best_of=best)
 
 
-def lm_eval_results(answered: Sequence[Answered], subject: int, tokenizer: Any, settings: Any) -> dict[str, Any]:
-    """What `lm_eval` itself writes for one subject, from the same replies and the same graders."""
-    from lm_eval import simple_evaluate
+def lm_eval_results(answered: Sequence[Answered], subject: Subject, tokenizer: Any, settings: Any) -> dict[str, Any]:
+    """What lm-eval's engine finds for one subject, from the same replies with the same graders, in its layout.
+
+    Its `evaluate` is called, not `simple_evaluate`, which would spend half a second on listing installed packages.
+    """
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     from evals.tasks.lm_eval import as_lm_eval
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it greets every task object with advice on its options
     objects = [as_lm_eval(one.task, one.items, one.asked.sampling.samples, one.asked.sampling) for one in answered]
-    replies = {one.task.name: one.replies[subject] for one in answered}
-    found = simple_evaluate(
-        model=StoredLM(replies, tokenizer, settings),
-        tasks=objects,
-        task_manager=TaskManager(include_defaults=False),
-        apply_chat_template=True,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    replies = {one.task.name: one.replies[subject.name] for one in answered}
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        found = evaluate(
+            lm=StoredLM(replies, tokenizer, settings),
+            task_dict=TaskManager(include_defaults=False).load(objects),
+            apply_chat_template=True,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
     assert found is not None, "lm-eval returns nothing on other ranks only, and it runs on one"
-    return dict(found)
+    return {**found, "config": config_of(subject), "date": time.time()}
+
+
+def config_of(subject: Subject) -> dict[str, Any]:
+    """lm-eval's `config`, as far as it holds here: the model and what it was loaded with."""
+    arguments = {"pretrained": subject.model, "dtype": subject.dtype}
+    arguments |= {"peft": subject.adapter} if subject.adapter else {}
+    arguments |= {"quantization": subject.quantization} if subject.quantization else {}
+    return {"model": "hf", "model_args": arguments, "model_dtype": subject.dtype, "limit": None, "bootstrap_iters": 0}

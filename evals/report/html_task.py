@@ -103,7 +103,9 @@ def _charts(task: TaskResult, names: Sequence[str]) -> str:
     chosen = [(i, names[i], curve) for i, curve in enumerate(task.best_of) if curve is not None]
     if chosen:
         chart = charts.curves(chosen, task.samples, "best of k")
-        figures.append(_figure("Best of k by the judge", chart, "The reply with the highest score among k. Bands: 95%."))
+        figures.append(
+            _figure("Best of k by the judge", chart, "The reply with the highest score among k. Bands: 95%.")
+        )
     if any(scores.lengths for scores in task.scores):
         chart = charts.lengths([(name, s.lengths) for name, s in zip(names, task.scores, strict=True)])
         cuts = ", ".join(f"{name} {words.percent(s.truncated)}" for name, s in zip(names, task.scores, strict=True))
