@@ -32,8 +32,7 @@ bench-learning: .venv/.dev
 	$(BIN)/python -m tests.bench.learning --methods $(METHODS) $(ARGS)
 
 bench-evals: .venv/.dev
-	$(BIN)/python -m tests.bench.evals_grading $(ARGS)
-	$(BIN)/python -m tests.bench.evals_harness $(ARGS)
+	$(BIN)/python -m tests.bench.evals $(ARGS)
 
 bench-gpu: .venv/.dev
 	$(BIN)/python -m tests.bench.gpu $(ARGS)

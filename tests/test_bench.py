@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import trl_ext
-from tests.bench import learning, learning_report, overhead, plots, readme, steps
+from tests.bench import claims, learning, learning_report, overhead, plots, readme, steps
 from tests.bench.common import Interval, spread, t_interval, table
 from tests.bench.flops import Passes, Shape, body_flops, floor_ratio, head_flops, step_flops
 from tests.bench.learning_run import RunSettings, run
@@ -183,7 +183,7 @@ def learned(tmp_path_factory):
         return run(settings)
 
     overrides = ("--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "8")
-    sizes = {"steps": 2, "eval_every": 1, "eval_rows": 4, "model": tiny_path(), "overrides": overrides}
+    sizes = {"steps": 2, "eval_every": 1, "eval_rows": 4, "model": tiny_path(), "overrides": overrides, "probe": True}
     chosen = learning.arms(["trace"], False, {})
     first = learning.bench(chosen, 2, folder, 1, go, **sizes)
     again = learning.bench(chosen, 2, folder, 1, go, **sizes)
@@ -208,6 +208,46 @@ def test_arms_take_their_settings_from_the_recipe():
     assert list(found) == ["grpo", "trace", "trace, all tokens", "trace, random spans", "trace+high_entropy"]
     assert found["trace"]["trace"]["annotator"] == "sandbox" and found["trace, all tokens"]["trace"]["spans"] == "all"
     assert found["trace+high_entropy"]["high_entropy"] == {"quantile": 0.5}
+
+
+def test_recipe_changes_are_what_the_methods_own_recipe_changes_beside_the_method():
+    assert learning.recipe_changes(["trace"]) == ()
+    changed = dict(zip(*[iter(learning.recipe_changes(["capo", "trace"]))] * 2, strict=True))
+    assert changed["--learning_rate"] == "0.01" and "--methods" not in changed
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "level", "words"),
+    [
+        ("above", 0.1, 0.3, 0.0, "confirmed"),
+        ("above", -0.1, 0.3, 0.0, "not seen"),
+        ("above", -0.3, -0.1, 0.0, "contradicted"),
+        ("below", -0.3, -0.1, 0.0, "confirmed"),
+        ("below", 0.1, 0.3, 0.0, "contradicted"),
+        ("above", 0.1, 0.3, 0.2, "not seen"),
+        ("not below", -0.1, 0.3, 0.0, "confirmed"),
+        ("not below", -0.3, -0.1, 0.0, "contradicted"),
+        ("above", None, None, 0.0, "one seed only"),
+    ],
+)
+def test_outcome_of_a_claim(expected, low, high, level, words):
+    assert claims.outcome(expected, low, high, level) == words
+
+
+def test_a_claim_is_checked_against_grpo_a_control_or_a_number(monkeypatch):
+    """Accuracy differences +10, +12, +11 points against grpo, 0 against the control."""
+    chosen = [
+        claims.Claim("learns more", learning_report.ACCURACY, "above"),
+        claims.Claim("the control does worse", learning_report.ACCURACY, "above", "control"),
+        claims.Claim("reaches a fifth", learning_report.ACCURACY, "above", 0.2),
+        claims.Claim("an ablation that was not run", learning_report.ACCURACY, "above", "absent"),
+    ]
+    monkeypatch.setattr(claims, "CLAIMS", {"trace": chosen})
+    base = {0: _run(0.20), 1: _run(0.20), 2: _run(0.20)}
+    clear = {0: _run(0.30), 1: _run(0.32), 2: _run(0.31)}
+    found = claims.check({"grpo": base, "trace": clear, "trace, control": clear}, "trace")
+    assert [one["outcome"] for one in found] == ["confirmed", "not seen", "confirmed"]
+    assert found[0]["found"] == "+11.0 [8.5, 13.5] points" and found[2]["found"] == "31.0 [28.5, 33.5] points"
 
 
 def _run(accuracy: float, entropy: float = 0.3) -> dict:
@@ -256,7 +296,8 @@ def test_generated_readme(tmp_path):
 
 def test_learning_part_of_the_readme(learned):
     text = readme.parts(learned[0])["bench:learning"]
-    assert "![trace](tests/bench/results/learning_trace.png)" in text and "held-out accuracy" in text
+    assert "[picture](tests/bench/results/learning_trace.png)" in text and "held-out accuracy" in text
+    assert "| `trace` |" in text and "2 seeds, 2 steps" in text
 
 
 def test_readme_is_current():

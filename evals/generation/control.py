@@ -17,10 +17,10 @@ from transformers import LogitsProcessor
 
 from evals.models import ModelError
 
-NAME = "llguidance-json-schema-1"
+NAME = "llguidance-json-schema-2"
 """Part of the key of constrained replies."""
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON allows white space without end, and a model that never was taught to stop would write it."""
+LAYOUT = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t]?\n?[ \t]{0,32}"}
+"""Room for any usual layout, so that the model writes JSON as it is used to, but not white space without end."""
 
 
 class SchemaControl:

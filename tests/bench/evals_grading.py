@@ -1,4 +1,4 @@
-"""Answers graded per second, against the libraries that the graders stand on. `python -m tests.bench.evals_grading`.
+"""Answers graded per second, against the libraries that the graders stand on.
 
 Every reply of a kind is different, since math-verify keeps its last results and would look faster than it is. The
 graders run with their isolation: math-verify in a worker that can be killed. The reference is math-verify in this
@@ -7,16 +7,14 @@ process with its own time limits, and a compiled validator of jsonschema behind 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from tests.bench.common import machine, machine_text, quiet, say, table, write_json
+from tests.bench.common import machine, machine_text, say, table
 
 Case = tuple[str, str]  # reply, gold
 COUNTS = {"integers": 1500, "fractions": 1500, "equal surds": 400, "unequal surds": 150, "long thoughts": 600}
@@ -175,19 +173,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    """Measures and prints; `--out` keeps the numbers as JSON, `--scale` sets the number of replies."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--scale", type=float, default=1.0)
-    options = parser.parse_args()
-    quiet()
+def measure(scale: float) -> dict[str, Any]:
+    """Both halves; `scale` sets the number of replies."""
     logging.disable(logging.WARNING)
-    result = {"machine": machine(), "math": measure_math(options.scale), "json": measure_json(options.scale)}
-    print(report(result))
-    if options.out:
-        write_json(options.out, result)
-
-
-if __name__ == "__main__":
-    main()
+    return {"machine": machine(), "math": measure_math(scale), "json": measure_json(scale)}

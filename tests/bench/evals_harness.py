@@ -1,4 +1,4 @@
-"""The harness's wall time over the bare model's and over plain lm-eval's: `python -m tests.bench.evals_harness`.
+"""The harness's wall time over the bare model's and over plain lm-eval's.
 
 The sandbox's model answers the same prompts in three ways that take turns: `model.generate` alone; ours (shared noise,
 store on disk, grading, statistics, lm-eval's result layout); lm-eval's own HFLM on the same task object. Loading the
@@ -7,16 +7,14 @@ model and importing the libraries are left out. Ratios are medians over rounds; 
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.common import RESULTS, machine, machine_text, quiet, say, spread, table, write_json
+from tests.bench.common import machine, machine_text, quiet, say, spread, table
 
 quiet()
 
@@ -130,20 +128,3 @@ def markdown(result: dict[str, Any]) -> str:
     about = result["about"]
     foot = f"{about['questions']} questions x {about['samples']} replies, batch {about['batch']}, sandbox model. "
     return table(("wall time", "ratio", "quartiles"), rows) + f"\n\n{foot}{machine_text(result['machine'])}."
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few questions, one round: does it work at all?")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file (default tests/bench/results; none if quick)")
-    args = parser.parse_args()
-    result = run(8, 2, 1, 16) if args.quick else run(100, 4, args.rounds, 64)
-    out = args.out or (None if args.quick else RESULTS / "evals_harness.json")
-    if out:
-        write_json(out, result)
-    sys.stdout.write(markdown(result) + "\n")
-
-
-if __name__ == "__main__":
-    main()

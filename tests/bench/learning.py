@@ -1,9 +1,10 @@
 """Learning curves on the sandbox against plain GRPO at equal rollouts: `python -m tests.bench.learning --methods trace`.
 
-Each run is a process with one thread that trains once (`learning_run`) from the recipe `sandbox_trace`, its methods
-replaced by the arm's; seeds change data order and sampling, the warm-started model is the same. Finished runs are kept
-in OUT/runs and not repeated, so an interrupted bench goes on where it stopped. All arms, plain GRPO too, carry the span
-probe (`probe`), which changes nothing. Arms: a method's name, or several joined by "+".
+Each run is a process with one thread that trains once (`learning_run`) from the recipe `sandbox_grpo` with the arm's
+methods and whatever else the method's own sandbox recipe changes; plain GRPO gets the same changes, without the method;
+seeds change data order and sampling, the warm-started model is the same. Finished runs are kept
+in OUT/runs and not repeated, so an interrupted bench goes on where it stopped. A bench of TRACE carries the
+span probe (`probe`) in all arms, which changes nothing. Arms: a method's name, or several joined by "+".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.bench.common import RESULTS, ROOT, machine, machine_text, quiet, say,
 
 quiet()
 
-from tests.bench import learning_report, plots  # noqa: E402 - after the environment is set
+from tests.bench import claims, learning_report, plots  # noqa: E402 - after the environment is set
 from tests.bench.learning_report import BASELINE, Run  # noqa: E402
 from tests.bench.learning_run import RECIPE, RunSettings  # noqa: E402
 from trl_ext.recipe import load_recipe  # noqa: E402
@@ -48,6 +49,21 @@ def settings_of(method: str, changed: Mapping[str, Any]) -> dict[str, Any]:
     recipe = ROOT / "recipes" / f"sandbox_{method}.yaml"
     own = load_recipe(str(recipe)).raw["methods"][method] if recipe.exists() else None
     return {**(own or {}), **changed}
+
+
+def recipe_changes(methods: Sequence[str]) -> tuple[str, ...]:
+    """What the methods' own sandbox recipes change beside the method, as words of a command line."""
+    plain = load_recipe(RECIPE).raw
+    words: dict[str, Any] = {}
+    for method in dict.fromkeys(name for arm in methods for name in arm.split("+")):
+        path = ROOT / "recipes" / f"sandbox_{method}.yaml"
+        own = load_recipe(str(path)).raw if path.exists() else {}
+        words |= {k: v for k, v in own.items() if k not in ("methods", "max_steps") and plain.get(k) != v}
+    return tuple(word for key, value in words.items() for word in (f"--{key}", _word(value)))
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def arms(methods: Sequence[str], ablations: bool, changed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,6 +140,7 @@ def bench(
         "summary": learning_report.summary(runs),
         "tables": learning_report.tables(runs),
         "verdict": learning_report.verdict(runs),
+        "claims": [checked for arm in chosen if arm in claims.CLAIMS for checked in claims.check(runs, arm)],
     }
     name = "learning_" + "_".join(arm for arm in chosen if arm != BASELINE and "," not in arm).replace("+", "-")
     name += f"_{tag}" if tag else ""
@@ -157,10 +174,12 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     chosen = arms(args.methods.split(","), args.ablations, args.settings)
     sizes: dict[str, Any] = {"steps": args.steps, "eval_every": max(1, args.steps // 5), "eval_rows": 400}
-    sizes["overrides"] = tuple(args.overrides)
+    sizes["overrides"] = (*recipe_changes(args.methods.split(",")), *args.overrides)
+    sizes["probe"] = "trace" in args.methods
     seeds, folder = args.seeds, args.out or RESULTS
     if args.quick:
-        sizes = {k: v for k, v in QUICK.items() if k != "seeds"} | {"overrides": QUICK_OVERRIDES}
+        sizes |= {k: v for k, v in QUICK.items() if k != "seeds"}
+        sizes["overrides"] += QUICK_OVERRIDES
         seeds, folder = QUICK["seeds"], args.out or Path(tempfile.mkdtemp(prefix="learning-"))
     say("the sandbox's model: built and warm-started on first use")
     ensure_model()

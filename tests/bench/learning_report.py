@@ -38,7 +38,7 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(there) if there else None
 
 
-def _tail(name: str) -> Callable[[Run], float | None]:
+def tail(name: str) -> Callable[[Run], float | None]:
     """Mean of a logged number over the last tenth of the steps."""
 
     def read(run: Run) -> float | None:
@@ -48,7 +48,7 @@ def _tail(name: str) -> Callable[[Run], float | None]:
     return read
 
 
-def _logged(name: str) -> Callable[[Run], float | None]:
+def logged(name: str) -> Callable[[Run], float | None]:
     return lambda run: mean_of(run["log"].get(name, []))
 
 
@@ -69,9 +69,9 @@ def _mass(kind: str) -> Callable[[Run], float | None]:
 
 ACCURACY = Metric("held-out accuracy", "points", _held("accuracy"), 100, 1, "ends")
 VALID = Metric("JSON validity", "points", _held("valid"), 100, 1, "ends")
-ENTROPY = Metric("entropy at the end", "nats", _tail("entropy"))
-LENGTH = Metric("completion length at the end", "tokens", _tail("completions/mean_length"), 1, 1)
-TRAINING = Metric("training accuracy at the end", "points", _tail("rewards/answer_correct/mean"), 100, 1)
+ENTROPY = Metric("entropy at the end", "nats", tail("entropy"))
+LENGTH = Metric("completion length at the end", "tokens", tail("completions/mean_length"), 1, 1)
+TRAINING = Metric("training accuracy at the end", "points", tail("rewards/answer_correct/mean"), 100, 1)
 MAIN = (ACCURACY, VALID, TRAINING, ENTROPY, LENGTH)
 LIFTS = (
     Metric("lift of error tokens per step", "nats", _lift("error_lift"), 1, 4),
@@ -149,7 +149,7 @@ def _spans(runs: Runs, arm: str) -> list[str]:
 
 def _entropies(runs: Mapping[int, Run], arm: str) -> list[str]:
     kept, dropped = (
-        over_seeds(runs, Metric(name, "nats", _logged(f"high_entropy/entropy_{name}"))) for name in ("kept", "dropped")
+        over_seeds(runs, Metric(name, "nats", logged(f"high_entropy/entropy_{name}"))) for name in ("kept", "dropped")
     )
     if not kept or not dropped:
         return []

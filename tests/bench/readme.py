@@ -1,6 +1,6 @@
 """Writes the generated parts of README.md: `python -m tests.bench.readme`; with `--check` it only says what is stale.
 
-Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`: `bench:overhead`, `bench:gpu` and `bench:learning` come
+Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`: `bench:overhead`, `bench:evals`, `bench:gpu` and `bench:learning` come
 from tests/bench/results/*.json, `methods` (the paper index) from the classes. A marker pair that is absent is left out.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.common import RESULTS, ROOT, quiet
+from tests.bench.common import RESULTS, ROOT, Interval, quiet, table
 
 quiet()
 
-from tests.bench import gpu, learning_report, overhead  # noqa: E402 - after the environment is set
+from tests.bench import evals, gpu, learning_report, overhead  # noqa: E402 - after the environment is set
 from trl_ext.method import Method, overrides  # noqa: E402
 from trl_ext.methods import METHODS  # noqa: E402
 from trl_ext.plan import STAGES  # noqa: E402
@@ -61,33 +61,45 @@ def _result(name: str, target: str, show: Callable[[dict[str, Any]], str], folde
 
 
 def _learning(folder: Path) -> str:
-    """Every stored learning bench in short: what was compared, the end values, the verdict on the methods themselves.
+    """A row for each stored learning bench, then what was found of the cards' claims; all else is in the JSON files."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("learning_*.json"))]
+    if not results:
+        return MISSING.format(target="bench-learning")
+    rows = [_learning_row(result, arm) for result in results for arm in _main_arms(result)]
+    head = ("method", "held-out accuracy, %", "minus GRPO, points", "minus GRPO, entropy in nats", "curves")
+    claims = [_claim(result, found) for result in results for found in result.get("claims", [])]
+    foot = "\n".join(dict.fromkeys(learning_report.foot(result) for result in results))
+    return "\n\n".join(part for part in (table(head, rows), "\n".join(claims), foot) if part)
 
-    Paired differences and the controls' verdicts are in the JSON file.
-    """
-    parts = []
-    for path in sorted(folder.glob("learning_*.json")):
-        result = json.loads(path.read_text())
-        arms, about = result["about"]["arms"], result["about"]
-        main = [arm for arm in arms if arm != learning_report.BASELINE and "," not in arm]
-        changes = " ".join(about.get("overrides", ()))
-        lines = [f"- {line}" for line in result["verdict"] if any(line.startswith(f"{arm} ") for arm in main)]
-        parts += [
-            f"### {', '.join(main)}: {path.stem}",
-            f"Settings: `{json.dumps({arm: arms[arm] for arm in main})}`"
-            + (f", recipe `{changes}`" if changes else ""),
-            f"![{', '.join(main)}](tests/bench/results/{result['picture']})",
-            result["tables"].split("\n\n")[0],
-            "\n".join(lines),
-            learning_report.foot(result),
-        ]
-    return "\n\n".join(parts) or MISSING.format(target="bench-learning")
+
+def _main_arms(result: Mapping[str, Any]) -> list[str]:
+    return [arm for arm in result["about"]["arms"] if arm != learning_report.BASELINE and "," not in arm]
+
+
+def _learning_row(result: Mapping[str, Any], arm: str) -> list[str]:
+    found = result["summary"][arm]
+    names = (learning_report.ACCURACY, learning_report.ENTROPY)
+    cells = [_interval(found[learning_report.ACCURACY.name]["mean"], learning_report.ACCURACY)]
+    cells += [_interval(found[metric.name]["minus_grpo"], metric, plus=True) for metric in names]
+    return [f"`{arm}`", *cells, f"[picture](tests/bench/results/{result['picture']})"]
+
+
+def _interval(values: Sequence[float] | None, metric: learning_report.Metric, plus: bool = False) -> str:
+    return "" if values is None else Interval(*values, 0).text(metric.scale, metric.digits, plus)
+
+
+def _claim(result: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    arm = _main_arms(result)[0]
+    against = "" if isinstance(found["against"], float | int) else f" against {found['against']}"
+    numbers = f" ({found['metric']}{against}: {found['found']})" if "found" in found else ""
+    return f"- `{arm}`: {found['text']}: **{found['outcome']}**{numbers}."
 
 
 def parts(folder: Path = RESULTS) -> dict[str, str]:
     """Marker -> text."""
     return {
         "bench:overhead": _result("overhead", "bench-overhead", overhead.markdown, folder),
+        "bench:evals": _result("evals", "bench-evals", evals.markdown, folder),
         "bench:gpu": _result("gpu", "bench-gpu", gpu.markdown, folder),
         "bench:learning": _learning(folder),
         "methods": methods_table(METHODS),

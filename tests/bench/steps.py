@@ -35,6 +35,7 @@ GROUP = 2
 LINES = 4  # of a completion: one of them is a quarter of its tokens, TRACE's coverage cap
 INSIDE, AFTER = 1, 40  # optimizer steps inside and after TRACE's default window of 40
 FLAGGED = "tests.bench.steps.annotate_flagged"
+OWN: dict[str, Any] = {"pgpo": {"pattern": "[0-9]+"}}  # what a method needs to run on these prompts of digits
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def variants(naive: bool = True) -> list[Variant]:
     found = [Variant("trl", None), Variant("trl again", None), Variant("no method", {})]
     for name in (name for name, cls in METHODS.items() if cls.trainer == "grpo" and name != NaiveTrace.name):
         if name != "trace":
-            found.append(Variant(name, {name: {}}))
+            found.append(Variant(name, {name: OWN.get(name, {})}))
             continue
         found += [Variant(f"trace, {share:.0%} of rows", trace, share=share) for share in (0.0, 0.25, 1.0)]
         found.append(Variant("trace, after its window", trace, at=AFTER))
-    found.append(Variant("all that compose, 25% of rows", composable(trace)))
+    found.append(Variant("all that compose, 25% of rows", composable(OWN | trace)))
     if naive:
         found.append(Variant("trace, 25% of rows, naive", {NaiveTrace.name: trace["trace"]}))
     return found

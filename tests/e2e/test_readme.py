@@ -33,19 +33,47 @@ ELSEWHERE = {
     "make test": "is what runs this test",
     "make bench-gpu": "tests/test_bench.py, and a GPU where there is one",
 }
-LONG = {"make bench-overhead": "--quick", "make bench-learning METHODS=trace": "--quick"}
+LONG = {
+    "make bench-overhead": "--quick",
+    "make bench-learning METHODS=trace": "--quick",
+    "make bench-evals": "--quick",
+}
+FEW = "--limit 6 --samples 2"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A short run and two reports on it, in the places of those that the README names."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    run_there(f"trl-ext train sandbox_trace {SMALL} --output_dir {folder}/runs/sandbox_trace")
+    for name in ("sandbox_trace", "sandbox_trace-2"):
+        words = f"--tasks sandbox_json {FEW} --store {folder}/replies --out {folder}/evals_out/{name}"
+        run_there(f"trl-ext eval {folder}/runs/sandbox_trace {words}")
+    return folder
+
+
+def run_there(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_ext", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     """The command as it stands, made short: fewer steps for training, --quick for benches. Output goes to `folder`."""
     words = shlex.split(command)
     small = f"{SMALL} --output_dir {folder}/run"
+    few = f"{FEW} --store {folder}/replies --out {folder}/report"
     if words[:2] == ["make", "train"]:
         words.append(f"ARGS={small}")
     elif command in LONG:
         words.append(f"ARGS={LONG[command]} --out {folder}/bench")
     elif words[:2] == ["trl-ext", "train"]:
         words += small.split()
+    elif words[:2] == ["make", "eval"]:
+        words = [*(w for w in words if not w.startswith("ARGS=")), f"ARGS={few} {command.partition('ARGS=')[2]}"]
+    elif words[:2] == ["trl-ext", "eval"]:
+        words += few.split()
     if words[0] == "trl-ext":
         words = [sys.executable, "-m", "trl_ext", *words[1:]]
     return subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -53,7 +81,9 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE and "--resume" not in c])
-def test_command(command, tmp_path):
+def test_command(command, tmp_path, evaluated):
+    for name in ("runs/", "evals_out/"):
+        command = command.replace(name, f"{evaluated}/{name}")
     if command.startswith("make") and not (ROOT / ".venv/.dev").exists():
         pytest.skip("make would build .venv inside a test; `make test` has built it already")
     done = run(command, tmp_path)

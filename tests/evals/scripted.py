@@ -16,6 +16,7 @@ from evals.models import Activity, Adapter, BaseSpec
 from evals.run import Evaluation
 from evals.runs import Plan
 from evals.task import Item, Sampling, Task
+from tests.evals.data import stand_ins
 from tests.tiny import tiny_path
 
 
@@ -25,7 +26,7 @@ def right(task: Task, item: Item) -> str:
         return f"So it is \\boxed{{{item.gold}}}."
     if task.kind == "choice":
         return f"Answer: {item.gold}"
-    return json.dumps(item.gold)
+    return json.dumps(stand_ins.INSTANCE if item.gold is None else item.gold)
 
 
 def wrong(task: Task, item: Item) -> str:

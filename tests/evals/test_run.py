@@ -20,6 +20,7 @@ from evals.session import Session, load_session
 from evals.settings import Settings, SettingsError, sampling_for
 from evals.task import DataError, Sampling
 from evals.tasks import TASKS, get_tasks
+from tests.evals.data import stand_ins
 from tests.evals.scripted import Script, Scripted, ScriptedEngine, plan
 
 NAMES = ("aime_synth", "gsm_json_synth", "mcq_synth", "schema_synth", "sandbox_json")
@@ -189,6 +190,34 @@ def test_missing_data_is_skipped_replaced_or_refused(tmp_path: Path, monkeypatch
         ready_tasks(settings(tmp_path, *names, missing="fail"))
     with pytest.raises(DataError, match="no task can be run"):
         ready_tasks(settings(tmp_path, "aime24"))
+
+
+def test_the_real_tasks_run_the_same_code_on_local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = [task.name for task in TASKS.values() if not task.generated]
+    for name in real:
+        stand_ins.make(name, tmp_path / "data" / name)
+    chosen = settings(tmp_path, *real, data=str(tmp_path / "data"), limit=None, preset="quick", samples=None)
+    one = evaluation(chosen, 0.2, c=0.9)
+    assert [ready.task.name for ready in one.ready] == real and not one.skipped
+    session = one.go()
+    assert {ready.task.name: ready.sampling.samples for ready in one.ready}["aime24"] == 8
+    cli.write_report(str(tmp_path / "report"), session)
+    result = load(tmp_path / "report")
+    for task in result.tasks:
+        assert task.versus[0].metrics[task.headline].comparison.difference > 0.3, task.name
+    gpqa = next(task for task in result.tasks if task.name == "gpqa_diamond")
+    assert (len(gpqa.questions), gpqa.samples) == (8, 4), "a question is its four rotations"
+    assert any("AIME 2024 minus AIME 2025" in note for note in result.notes)
+    secret = stand_ins.gpqa()[3]["Question"]
+    assert any(
+        secret in json.dumps(item.messages, ensure_ascii=False).replace("\\n", "\n") for item in one.ready[2].items
+    )
+    for path in (tmp_path / "report").iterdir():
+        written = path.read_text()
+        assert "is it another?" not in written, f"{path.name} holds a gated question"
+    (tmp_path / "data" / "aime24" / "aime_2024_problems.parquet").unlink()
+    _, skipped = ready_tasks(chosen)
+    assert [one.name for one in skipped] == ["aime24"] and "Maxwell-Jia/AIME_2024" in skipped[0].reason
 
 
 def test_a_prompt_is_never_cut() -> None:

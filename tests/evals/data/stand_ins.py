@@ -10,6 +10,8 @@ from datasets import Dataset
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
+INSTANCE = {"a": 1}
+
 
 def parquet(rows: list[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

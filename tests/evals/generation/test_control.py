@@ -47,3 +47,16 @@ def test_a_schema_without_a_grammar_names_its_item() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
     with pytest.raises(ValueError, match=r"item odd: no grammar can be made from its schema"):
         SchemaControl(tokenizer, len(tokenizer), [2], {"odd": {"type": "string", "pattern": "(?=a)b"}})
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}, "lines"])
+def test_every_usual_layout_is_allowed(layout: dict | str) -> None:
+    """A model keeps the layout that it was trained on; under another one its answers get worse (measured, sandbox)."""
+    value = {"n": 7, "ok": True}
+    text = '{"n":\n7,\n"ok": true}' if isinstance(layout, str) else json.dumps(value, **layout)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    mask = SchemaControl(tokenizer, len(tokenizer), [2], SCHEMAS)([Job("t", "flat", 0, "")], 0)
+    ids = [*tokenizer(text)["input_ids"], 2]
+    for at, token in enumerate(ids):
+        scores = mask(torch.tensor([ids[:at]], dtype=torch.long), torch.zeros(1, len(tokenizer)))
+        assert scores[0, token] == 0, f"{text[:at]!r} may not go on with {tokenizer.decode([token])!r}"
