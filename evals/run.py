@@ -56,6 +56,18 @@ class Engine(Protocol):
     def activity(self, adapter: models.Adapter, prompts: Sequence[str]) -> models.Activity: ...
 
 
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """One CPU thread where wanted: the sandbox's model is too small to share, and several wait for each other."""
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Ready:
     """A task whose data is here: items of at most `limit` questions, and the fingerprint of all."""
@@ -119,7 +131,8 @@ class Evaluation:
         self._note_templates()
         self.prompts = self._fitting_prompts()
         self._note_overlaps()
-        subjects = [self._ask_all(*asked) for asked in self._subjects()]
+        with one_thread(self.plan.sandbox):
+            subjects = [self._ask_all(*asked) for asked in self._subjects()]
         tasks = tuple(
             Asked(
                 r.task.name,

@@ -186,7 +186,7 @@ def not_a_number(completions: list, **kwargs: object) -> list[float]:
 
 
 def test_an_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "sandbox_gpro"]) == cli.USAGE_ERROR
+    assert main(["plan", "sandbox_grp"]) == cli.USAGE_ERROR
     assert "unknown recipe, did you mean 'sandbox_grpo'?" in capsys.readouterr().err
 
 

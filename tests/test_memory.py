@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from tests.tiny import grpo_args, tiny_path
 from trl_ext import GRPOConfig
 from trl_ext.forward import Head, per_position
-from trl_ext.geometry import PUBLISHED, model_config, packed_bytes, shape_of
+from trl_ext.geometry import PUBLISHED, PUBLISHED_QWEN25, model_config, packed_bytes, shape_of
 from trl_ext.memory import BLOCK_COPIES, GIB, RESERVE, Prediction, estimate, optimizer_bytes, saved_per_token
 from trl_ext.methods.grpo.trace import ERROR, KEY, routed_kl
 from trl_ext.plan import make_plan
@@ -122,6 +122,27 @@ def test_published_geometry_by_hand() -> None:
         tables = 1 if facts["tie_word_embeddings"] else 2
         shape = shape_of(model_config(name)[0], ModelConfig(dtype="bfloat16"))
         assert shape.base_bytes == 2 * (tables * 151936 * h + n * layer + h), name
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen2.5-Math-1.5B", 1.54),
+        ("Qwen/Qwen2.5-3B-Instruct", 3.09),
+        ("Qwen/Qwen2.5-7B", 7.61),
+        ("Qwen/Qwen2.5-Math-7B", 7.61),
+        ("Qwen/Qwen2.5-32B", 32.76),
+    ],
+)
+def test_geometry_of_qwen25_by_hand(name: str, billions: float) -> None:
+    """Embeddings (once if tied) + layers x (attention with biases of q, k, v + MLP + norms) + last norm, in billions."""
+    facts = PUBLISHED_QWEN25[name]
+    h, i, n, v = (facts[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+    k = h // facts["num_attention_heads"] * facts["num_key_value_heads"]
+    layer = 2 * h * h + 2 * h * k + h + 2 * k + 3 * h * i + 2 * h
+    count = (1 if facts["tie_word_embeddings"] else 2) * v * h + n * layer + h
+    assert count / 1e9 == pytest.approx(billions, abs=0.01)
+    assert shape_of(model_config(name)[0], ModelConfig(dtype="bfloat16")).base_bytes == 2 * count
 
 
 def test_offline_geometry_says_so() -> None:

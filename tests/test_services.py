@@ -206,6 +206,53 @@ def test_a_stream_of_the_wrong_length_is_refused(train):
 
 
 @dataclass(frozen=True)
+class Sampled(Probe):
+    """Log-probs of the sampled tokens, from TRL's forward for the old ones and from a forward of our own."""
+
+    def needs(self):
+        return frozenset({REFERENCE})
+
+    def sampled(self, policy, completion_ids, mask):
+        SEEN.append(("block", completion_ids.size(0)))
+        own = policy.log_probs_at(torch.ones_like(mask).bool()).view(*mask.shape, -1)
+        return {"logps": own.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)}
+
+    def streams(self, rollout):
+        rows = torch.arange(8).split(rollout.micro_batch)[-1]
+        everywhere = torch.ones_like(rollout.mask[rows]).bool()
+        both = [rollout.other(which, rows).log_probs_at(everywhere) for which in (POLICY, REFERENCE)]
+        chosen = rollout.completion_ids[rows].flatten().unsqueeze(1)
+        SEEN.append(("other", *(log_p.gather(1, chosen).view(rows.numel(), -1) for log_p in both)))
+        return {}
+
+    def observe_loss(self, x):
+        SEEN.append(("loss", x))
+
+
+@pytest.mark.parametrize("peft", [None, "lora"])
+def test_values_of_the_sampling_weights(train, peft):
+    """Two passes over a rollout: block by block, row by row TRL's old log-probs; with beta also its reference."""
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    train(Sampled, peft=peft, num_iterations=2, max_steps=4, beta=0.1, **split)
+    kinds = [entry[0] for entry in SEEN]
+    assert kinds == (["block"] * 2 + ["other"] + ["loss"] * 4) * 2
+    assert {entry[1] for entry in SEEN if entry[0] == "block"} == {4}
+    for entry in (x for kind, x in (e for e in SEEN if e[0] == "loss")):
+        valid = entry.mask.bool()
+        carried = entry.streams["logps"]
+        torch.testing.assert_close(carried[valid], entry.old_logps[valid], rtol=1e-4, atol=1e-5)
+    (_, policy, reference) = [entry for entry in SEEN if entry[0] == "other"][1]
+    assert policy.shape == (4, 6) and not torch.allclose(policy, reference, atol=1e-4), "the policy has moved"
+
+
+def test_on_policy_nothing_is_sampled_twice(train):
+    """TRL makes no forward for old log-probs then, and none is added; the loss's own forward has those weights."""
+    train(Sampled, max_steps=2)
+    assert [entry[0] for entry in SEEN] == ["other", "loss"] * 2
+    assert all("logps" not in entry[1].streams for entry in SEEN if entry[0] == "loss")
+
+
+@dataclass(frozen=True)
 class Hooks(Probe):
     """Rewards doubled, advantages 1..8, prompts changed: each must arrive."""
 
@@ -315,6 +362,40 @@ def test_loss_mask_changes_the_denominator_but_not_the_forward(train):
 
 
 @dataclass(frozen=True)
+class FirstOfFour(Probe):
+    """Keeps one row of every group of four."""
+
+    def keep_rows(self, rollout):
+        return torch.arange(rollout.advantages.numel()) % 4 == 1
+
+    def streams(self, rollout):
+        return {"row": torch.arange(rollout.advantages.numel())}
+
+    def observe_loss(self, x):
+        SEEN.append((x.streams["row"], x.mask, x.row_scale, x.first_pass, x.run, x.aggregate(x.mask.float())))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
+def test_dropped_rows_leave_forward_and_denominators(train, loss_type):
+    """2 of 8 rows: the same weights however the rows are split, a second pass with a reference KL included."""
+    runs, settings = {}, {"loss_type": loss_type, "beta": 0.1, "num_iterations": 2, "max_steps": 2, "optim": "sgd"}
+    for size, forwarded in ((8, 2), (4, 1), (1, 1)):
+        trainer = train(
+            FirstOfFour, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
+        )
+        runs[size] = weights(trainer)
+        assert {len(row) for row, *_ in SEEN} == {forwarded}
+        assert sorted(torch.cat([row[mask.sum(1) > 0] for row, mask, *_ in SEEN]).tolist()) == [1, 1, 5, 5]
+        assert [first for *_, first, _, _ in SEEN] == [True] * (8 // size) + [False] * (8 // size)
+        assert SEEN[0][2] == len(SEEN) * forwarded / 2 / 2 and SEEN[0][4].steps_per_rollout == 2
+        if loss_type in ("grpo", "dapo"):  # the mean of ones over what is kept
+            assert sum(float(one) for *_, one in SEEN) / len(SEEN) == pytest.approx(1)
+    for size in (4, 1):
+        for name, value in runs[8].items():
+            torch.testing.assert_close(runs[size][name], value, rtol=1e-3, atol=1e-6)
+
+
+@dataclass(frozen=True)
 class KlSchedule(Probe):
     def kl_coef(self, beta, step):
         SEEN.append((beta, step))
@@ -326,6 +407,22 @@ def test_kl_coefficient_is_changed_for_the_call_only(train):
     assert SEEN == [(0.1, 0), (0.1, 1), (0.1, 2)] and strong.beta == 0.1
     weak = train(Probe, beta=0.1)
     assert not torch.equal(weights(strong)["lm_head.weight"], weights(weak)["lm_head.weight"])
+
+
+@dataclass(frozen=True)
+class WatchOptimizer(Probe):
+    def observe_loss(self, x):
+        SEEN.append(x.optimizer)
+
+
+def test_the_coming_optimizer_step_is_known(train):
+    """The learning rate that the optimizer will use: warm-up 0, 1/2, 1; betas and eps as set, or None for SGD."""
+    warmup = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
+    train(WatchOptimizer, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, **warmup)
+    assert [seen.learning_rate for seen in SEEN] == pytest.approx([0.0, 0.005, 0.01], abs=1e-12)
+    assert {(seen.betas, seen.eps) for seen in SEEN} == {((0.8, 0.95), 1e-6)}
+    train(WatchOptimizer, max_steps=1, optim="sgd")
+    assert [(seen.betas, seen.eps) for seen in SEEN] == [(None, None)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_ext import checkpoints
 from trl_ext.forward import Features, Snapshot, base_model, evaluating, head_of, weights_of
-from trl_ext.method import REFERENCE, TEACHER, Metrics, Setup
+from trl_ext.hidden_prompt import attending
+from trl_ext.method import REFERENCE, TEACHER, Metrics, OptimizerStep, Setup
 from trl_ext.plan import Plan, make_plan
 from trl_ext.quantized import keep_trainable
 
@@ -47,6 +48,7 @@ class MethodTrainer:
     accelerator: Any
     args: Any
     model: Any
+    optimizer: Any
     ref_model: Any
     state: Any
     _metrics: dict[str, Any]
@@ -84,14 +86,30 @@ class MethodTrainer:
             else:
                 self._teacher.refresh()
 
+    def _optimizer_step(self) -> OptimizerStep:
+        group = self.optimizer.param_groups[0]
+        betas = tuple(group["betas"]) if "betas" in group else None
+        return OptimizerStep(float(group["lr"]), betas, group.get("eps"))
+
     def _fp32_head(self) -> bool:
         return bool(getattr(self.args, "cast_lm_head_to_fp32", False))
 
     def _policy_features(self, hidden: Tensor) -> Features:
         return Features(hidden, head_of(self._unwrapped(), self.temperature, self._fp32_head()))
 
-    def _other_features(self, which: str, ids: Tensor, mask: Tensor, length: int) -> Features:
-        """Forward of teacher, reference or current policy without gradient: states of the last `length` tokens."""
+    def _other_features(
+        self,
+        which: str,
+        ids: Tensor,
+        mask: Tensor,
+        length: int,
+        images: Mapping[str, Any] | None = None,
+        attended: Tensor | None = None,
+    ) -> Features:
+        """Forward of teacher, reference or current policy without gradient: states of the last `length` tokens.
+
+        `images` are the model's own arguments; `attended` replaces `mask` in attention, positions stay those of `mask`.
+        """
         model, snapshot = self._unwrapped(), None
         if which == TEACHER:
             if self._teacher is None:  # a checkpoint of `save_only_model` holds none
@@ -109,9 +127,11 @@ class MethodTrainer:
             evaluating(model),
             weights_of(which, model, snapshot),
             self.accelerator.autocast(),
+            attending(model, None if attended is None else [attended]),
         ):
             backbone: Any = base_model(model).base_model
-            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            inputs = {"input_ids": ids, "attention_mask": mask, **(images or {})}
+            hidden = backbone(**inputs, use_cache=False).last_hidden_state
             head = head_of(model, self.temperature, self._fp32_head(), detach=True)
         return Features(hidden[:, :-1][:, -length:], head)
 

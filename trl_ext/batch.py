@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from trl_ext.compat import multimodal_names
 
 _MULTIMODAL = multimodal_names()
+_COUNTS = ("num_images", "num_tiles")
 
 
 def whole(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -29,6 +31,24 @@ def loss_mask_of(inputs: dict[str, Any]) -> Tensor:
 def images_of(inputs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of TRL's forward that carry images, None where there are none."""
     return {name: inputs.get(name) for name in _MULTIMODAL}
+
+
+def model_images(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """What the model itself takes for the images of `rows` (R,) indices; empty for a batch of text.
+
+    Pixels of all images lie behind one another in a batch: TRL's own functions cut them into rows and join them again.
+    """
+    found = {name: value for name, value in images_of(inputs).items() if value is not None}
+    if not found:
+        return {}
+    chosen = rows.tolist()
+    cut = split_pixel_values_by_grid(found)
+    joined = unsplit_pixel_values_by_grid(
+        {name: [v[i] for i in chosen] if isinstance(v, list) else v[rows] for name, v in cut.items()}
+    )
+    if "pixel_values" in joined and joined["pixel_values"].size(0) == 0:  # none of these rows has an image
+        joined = {name: v for name, v in joined.items() if name.endswith("token_type_ids")}
+    return {name: v for name, v in joined.items() if name not in _COUNTS}
 
 
 @contextlib.contextmanager

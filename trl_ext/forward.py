@@ -9,7 +9,8 @@ registry, so it is neither saved nor published with the run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,17 +105,21 @@ def captured_hidden(model: nn.Module, completion_length: int, wanted: bool = Tru
     Each entry is (rows, T, H): position t is the state that predicts completion token t.
     """
     seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output.last_hidden_state[:, :-1][:, -completion_length:])
-
-    if not wanted:
+    with watched_hidden(model, completion_length, seen.append) if wanted else contextlib.nullcontext():
         yield seen
-        return
+
+
+@contextlib.contextmanager
+def watched_hidden(model: nn.Module, completion_length: int, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Calls `see` with the hidden states (rows, T, H) of every forward inside the block, as soon as they are there."""
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        see(output.last_hidden_state[:, :-1][:, -completion_length:])
+
     backbone: Any = base_model(model).base_model
-    handle = backbone.register_forward_hook(keep)
+    handle = backbone.register_forward_hook(watch)
     try:
-        yield seen
+        yield
     finally:
         handle.remove()
 
@@ -141,6 +146,25 @@ def per_position(
         return block(*blocks[0])
     parts = [checkpoint(block, p, q, use_reentrant=False) for p, q in blocks]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def per_position_detached(
+    fn: Callable[..., Tensor], sides: Sequence[tuple[Head, Tensor]], *values: Tensor, budget: int = LOGITS_BUDGET
+) -> Tensor:
+    """Applies `fn(*log_probs, *values) -> (n, ...)` to N positions in blocks, without gradient: (N, ...).
+
+    `sides` are (head, hidden (N, H)), of which `fn` gets log-probs (n, V) in their order, at most `budget` entries
+    each; `values` (N,) come along with their positions. One projection for each side, and memory of one block.
+    """
+    size = max(1, budget // sides[0][0].weight.size(0))
+    hidden = zip(*(states.split(size) for _, states in sides), strict=True)
+    rest = zip(*(value.split(size) for value in values), strict=True) if values else itertools.repeat(())
+    parts = []
+    for states, own in zip(hidden, rest, strict=False):
+        log_probs = [head.log_probs(block) for (head, _), block in zip(sides, states, strict=True)]
+        parts.append(fn(*log_probs, *own))
+    return torch.cat(parts)
 
 
 class Snapshot:

@@ -10,7 +10,14 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from trl import get_peft_config
 
 _QWEN3: dict[str, Any] = {
@@ -50,6 +57,65 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 """Public `config.json` facts, used only when neither the Hub nor its cache answers."""
+
+_QWEN25_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-Math-1.5B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-3B-Instruct": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "intermediate_size": 11008,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-7B": _QWEN25_7B,
+    "Qwen/Qwen2.5-Math-7B": _QWEN25_7B,
+    "Qwen/Qwen2.5-32B": {
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+"""The same for Qwen2.5, from memory: their parameter counts agree with the model cards' (a test adds them up)."""
+
+PUBLISHED_VLM: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "intermediate_size": 11008,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
+        "tie_word_embeddings": True,
+    },
+}
+"""The same for vision-language models."""
 
 _NF4_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes: weights per absmax, absmax values per absmax of the absmax
 
@@ -99,9 +165,13 @@ def model_config(name: str, revision: str | None = None) -> tuple[Any, str | Non
     try:
         return AutoConfig.from_pretrained(name, revision=revision), None
     except OSError:
-        if name not in PUBLISHED:
+        if name not in (*PUBLISHED, *PUBLISHED_QWEN25, *PUBLISHED_VLM):
             raise
     note = f"{name} was not reachable: its geometry is from the table in trl_ext/geometry.py"
+    if name in PUBLISHED_VLM:
+        return Qwen2_5_VLConfig(**PUBLISHED_VLM[name]), note
+    if name in PUBLISHED_QWEN25:
+        return Qwen2Config(**PUBLISHED_QWEN25[name]), note
     return Qwen3Config(**_QWEN3, **PUBLISHED[name]), note
 
 
@@ -110,7 +180,8 @@ def shape_of(config: Any, model_args: Any) -> Shape:
     dtype = _dtype(config, model_args)
     text = config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype)
         quantized = _quantized(model, model_args)
         base_bytes = _base_bytes(model, quantized, model_args)
         peft_config: Any = get_peft_config(model_args)

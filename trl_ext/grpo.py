@@ -8,6 +8,7 @@ forward is remembered. Without a method each override hands straight through.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 import trl
 from torch import Tensor
 
-from trl_ext import checkpoints, ops
-from trl_ext.batch import images_of, loss_mask_of, replaced, whole
+from trl_ext import checkpoints, kept_rows, ops
+from trl_ext.batch import images_of, loss_mask_of, model_images, replaced, whole
 from trl_ext.compat import check_trl
 from trl_ext.forward import Features, captured_hidden
-from trl_ext.method import HIDDEN, REFERENCE, TEACHER, LossInput, Setup
+from trl_ext.hidden_prompt import cannot_hide, image_tokens, without
+from trl_ext.method import HIDDEN, HIDE_PROMPT, LossInput, Setup
 from trl_ext.plan import PlanError, make_plan, normalise
 from trl_ext.rollout_hooks import RolloutHooks
 
@@ -70,9 +72,13 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         self._make_plan("grpo", args)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if self._is_vlm and (users := [m.name for m in self.plan.methods if m.needs() & {TEACHER, REFERENCE}]):
-            raise PlanError([f"{name}: runs a second forward, which is text-only so far" for name in users])
-        self._start_methods(Setup(self.args, self.reward_func_names, self._engine()))
+        if reason := cannot_hide(self.model.config):
+            users = [m.name for m in self.plan.methods if HIDE_PROMPT in m.needs()]
+            if users:
+                raise PlanError(
+                    [f"{name}: no part of the prompt can be hidden from this model: {reason}" for name in users]
+                )
+        self._start_methods(Setup(self.args, self.reward_func_names, self._engine(), images=self._is_vlm))
 
     # Loss
 
@@ -90,6 +96,7 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         beta = self.beta
         for method in self.plan.using("kl_coef"):
             beta = method.kl_coef(beta, x.step)
+        beta *= kept_rows.factor(inputs, self.loss_type)
         with replaced(self, _remembered=forward, beta=beta):
             loss = super()._compute_loss(model, view)
         loss = loss if surrogate is None else loss + surrogate
@@ -120,11 +127,6 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
     def _loss_input(self, inputs: dict[str, Any], forward: Any, features: Features | None) -> LossInput:
         mask = loss_mask_of(inputs)
 
-        def other(
-            which: str, rows: Tensor | None = None, prompt_ids: Tensor | None = None, prompt_mask: Tensor | None = None
-        ) -> Features:
-            return self._other(inputs, which, rows, prompt_ids, prompt_mask)
-
         return LossInput(
             completion_ids=inputs["completion_ids"],
             mask=mask,
@@ -135,26 +137,44 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
             ref_logps=inputs.get("ref_per_token_logps"),
             streams=inputs,
             step=self.state.global_step,
+            run=self._run_shape(),
+            first_pass=self._step // self.args.steps_per_generation % self.num_iterations == 0,
+            row_scale=kept_rows.scale_of(inputs),
+            optimizer=self._optimizer_step(),
             loss_type=self.loss_type,
             metrics=self._metrics_store(),
             policy=features,
-            other=other,
+            other=functools.partial(self._other, inputs),
             aggregate=lambda per_token: self._aggregate(per_token, mask, inputs, accumulation=1),
             gather=self._gather_values,
             scratch={},
         )
 
     def _other(
-        self, inputs: dict[str, Any], which: str, rows: Tensor | None, prompt_ids: Any, prompt_mask: Any
+        self,
+        inputs: dict[str, Any],
+        which: str,
+        rows: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        hide: Tensor | None = None,
     ) -> Features:
-        """`rows` (R,) indices; `prompt_ids`, `prompt_mask` (R, L) replace those rows' prompts."""
+        """`rows` (R,) indices; `prompt_ids`, `prompt_mask` (R, L) replace those rows' prompts, their images stay;
+        nothing attends to the prompt tokens that `hide` (R, L) bool marks."""
         if rows is None:
             rows = torch.arange(inputs["completion_ids"].size(0), device=inputs["completion_ids"].device)
+        images = model_images(inputs, rows)
+        if prompt_ids is not None:
+            for name in ("mm_token_type_ids", "token_type_ids"):
+                if name in images:
+                    own = images[name][:, inputs["prompt_ids"].size(1) :]
+                    images[name] = torch.cat([image_tokens(prompt_ids, self.model.config).to(own.dtype), own], dim=1)
         prompt_ids = inputs["prompt_ids"][rows] if prompt_ids is None else prompt_ids
         prompt_mask = inputs["prompt_mask"][rows] if prompt_mask is None else prompt_mask
         ids = torch.cat([prompt_ids, inputs["completion_ids"][rows]], dim=1)
         mask = torch.cat([prompt_mask, inputs["completion_mask"][rows]], dim=1)
-        return self._other_features(which, ids, mask, inputs["completion_ids"].size(1))
+        attended = None if hide is None else without(mask, hide)
+        return self._other_features(which, ids, mask, inputs["completion_ids"].size(1), images, attended)
 
     def _transformed(self, inputs: dict[str, Any], x: LossInput) -> tuple[dict[str, Any], Tensor | None]:
         """A copy of the batch as the methods want TRL to see it, and a replaced policy term if there is one.
@@ -171,7 +191,8 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         weights = self.plan.fold("token_weights", ones, x)
         if weights is not ones:
             advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages) * weights
-        view["advantages"] = advantages
+        scale = kept_rows.factor(inputs, self.loss_type)
+        view["advantages"] = advantages if scale == 1 else advantages * scale
         surrogate = None
         x = dataclasses.replace(x, advantages=advantages, mask=mask)
         for method in self.plan.using("surrogate"):
@@ -184,7 +205,7 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         return view, surrogate
 
     def _aggregate(self, per_token: Tensor, mask: Tensor, inputs: dict[str, Any], accumulation: int) -> Tensor:
-        return ops.aggregate(
+        loss = ops.aggregate(
             per_token,
             mask,
             self.loss_type,
@@ -193,6 +214,8 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
             max_completion_length=self.args.max_completion_length,
             accumulation=accumulation,
         )
+        scale = kept_rows.factor(inputs, self.loss_type)
+        return loss if scale == 1 else loss * scale
 
     # Checkpoints: TRL forgets where in a generation window it stopped
 

@@ -109,7 +109,8 @@ def predict(recipe: Any) -> Prediction:
         config, note = model_config(recipe.model_args.model_name_or_path, recipe.model_args.model_revision)
     assumed = SANDBOX_PROMPT if sandbox else UNKNOWN_PROMPT
     guess = None if length else f"max_prompt_tokens is not set: prompts of {assumed} tokens assumed"
-    notes = tuple(text for text in (note, guess) if text)
+    vision = "activations of the vision tower are not counted" if hasattr(config, "vision_config") else None
+    notes = tuple(text for text in (note, guess, vision) if text)
     return estimate(config, recipe.training_args, recipe.model_args, recipe.plan, length or assumed, notes)
 
 

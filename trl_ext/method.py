@@ -32,9 +32,11 @@ HIDDEN = "hidden"
 """The last hidden states of the policy, captured in the forward that runs anyway."""
 ENTROPY_AT_ROLLOUT = "entropy_at_rollout"
 """One more forward without gradient per rollout, for the entropies of the generation batch."""
+HIDE_PROMPT = "hide_prompt"
+"""Forwards without gradient per rollout in which part of the prompt is hidden."""
 REF_LOGPS = "ref_logps"
 """Reference log-probabilities of the sampled tokens: TRL computes them when `beta` is not zero."""
-NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, REF_LOGPS}
+NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, HIDE_PROMPT, REF_LOGPS}
 
 
 def param(
@@ -90,11 +92,28 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known when a plan is checked. None means "not known yet": the config alone knows less than the trainer."""
+    """What is known when a plan is checked. None means "not known yet": the config alone knows less than the trainer.
+
+    `images`: whether the model takes images. `methods`: all names in order of application, filled in by the plan.
+    """
 
     args: Any
     reward_names: Sequence[str] | None = None
     engine: str | None = None
+    images: bool | None = None
+    methods: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a run is cut: `max_steps` optimizer steps, and rollouts that serve `steps_per_rollout` of them.
+
+    Below 1, several rollouts make one optimizer step. `num_generations` is G.
+    """
+
+    max_steps: int
+    num_generations: int
+    steps_per_rollout: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ class Group:
     """All completions of one rollout on all processes, in whole groups.
 
     `rewards` (P, G, F) float32, NaN where a function returned None; `advantages` (P, G); `lengths` (P, G) completion
-    tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far.
+    tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
     """
 
     rewards: Tensor
@@ -111,6 +130,7 @@ class Group:
     truncated: Tensor
     reward_names: Sequence[str]
     step: int
+    run: RunShape
     metrics: Metrics
 
     def for_method(self, name: str) -> Group:
@@ -124,12 +144,18 @@ class Rollout:
 
     `rows`: the data set row behind each completion; `prompts`: what was shown to the model (messages or text);
     `completions`: the decoded text; `completion_ids`, `mask` (rows, T), right padded; `rewards` (rows, F);
-    `advantages` (rows,).
+    `advantages` (rows,). `prompt_ids`, `prompt_mask` (rows, L), left padded; `images` (rows, L) bool: the prompt tokens
+    that stand for an image or a video.
 
-    Services: `decode_one(id)` is the text of one token; `encode_prompts(prompts)` applies the chat template;
+    Services: `decode_one(id)` is the text of one token, `decode(ids)` of several, both without special tokens;
+    `encode_prompts(prompts)` applies the chat template;
     `generate(prompts, max_new_tokens)` answers greedily with the current policy, thinking off;
     `entropies()` (rows, T) of the current policy at the sampling temperature (declare `ENTROPY_AT_ROLLOUT`);
-    `gather(values)` joins (n,) values of all processes (n may differ) and tells which slice is this process's.
+    `gather(values)` joins (n,) values of all processes (n may differ) and tells which slice is this process's;
+    `other(which, rows)` runs `POLICY`, `TEACHER` or `REFERENCE` on these rows, `micro_batch` of which fit at once;
+    `blind_logps(hide)` (rows, T) of the sampled tokens under the current policy when nothing attends to the prompt
+    tokens that `hide` (rows, L) marks, which keep their positions; `other(which, rows, hide=...)` does the same for
+    (R, L) (declare `HIDE_PROMPT`).
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -141,6 +167,7 @@ class Rollout:
     advantages: Tensor
     reward_names: Sequence[str]
     step: int
+    run: RunShape
     pad_token_id: int
     metrics: Metrics
     decode_one: Callable[[int], str]
@@ -148,10 +175,29 @@ class Rollout:
     generate: Callable[[Sequence[Any], int], list[str]]
     entropies: Callable[[], Tensor]
     gather: Callable[[Tensor], tuple[Tensor, slice]]
+    other: Callable[..., Features]
+    micro_batch: int
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    images: Tensor
+    decode: Callable[[Sequence[int]], str]
+    blind_logps: Callable[[Tensor], Tensor]
 
     def for_method(self, name: str) -> Rollout:
         """The same data; metrics get the method's name as prefix."""
         return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """The optimizer step that this loss leads to: `learning_rate` and the `betas`, `eps` of its first parameter group.
+
+    `betas` and `eps` are None with an optimizer that has none of them.
+    """
+
+    learning_rate: float
+    betas: tuple[float, float] | None
+    eps: float | None
 
 
 @dataclass(frozen=True)
@@ -162,9 +208,13 @@ class LossInput:
     `logps` (B, T) with gradient, `entropy` (B, T) of the distribution at each position at the sampling temperature,
     with gradient; both 0 where masked by padding. `advantages` (B,) as TRL made them. `old_logps`, `ref_logps` (B, T)
     or None. `streams`: what this method's `streams` returned for these rows. `step`: optimizer steps done so far.
+    `optimizer`: learning rate and moments' decay of the coming step. `first_pass`: whether these rows are seen for the
+    first time (`num_iterations` passes over each rollout). `row_scale` turns a mean over the B rows into one over the
+    rows that `keep_rows` kept; 1 where nothing was dropped.
 
     Services: `policy` holds hidden states and head of the forward (declare `HIDDEN`); `other(which, rows, prompt_ids,
-    prompt_mask)` runs `TEACHER` or `REFERENCE` without gradient on chosen rows, with another prompt if given;
+    prompt_mask)` runs `TEACHER` or `REFERENCE` without gradient on chosen rows, with another prompt if given (the rows'
+    images stay, so it must hold their tokens);
     `aggregate(per_token)` reduces (B, T) to a scalar with the denominators of TRL's `loss_type` over `mask`;
     `gather(values)` joins (n,) values of all processes and tells which slice is this process's. `scratch` is the
     method's own, for values that one of its hooks leaves for a later one on the same micro-batch.
@@ -179,6 +229,10 @@ class LossInput:
     ref_logps: Tensor | None
     streams: Mapping[str, Tensor]
     step: int
+    run: RunShape
+    first_pass: bool
+    row_scale: float
+    optimizer: OptimizerStep
     loss_type: str
     metrics: Metrics
     policy: Features | None
@@ -283,6 +337,22 @@ class Method:
 
     def streams(self, rollout: Rollout) -> dict[str, Tensor]:
         """Values per row that the loss needs later: tensors whose first dimension is rows. They survive TRL's shuffle."""
+        return {}
+
+    def keep_rows(self, rollout: Rollout) -> Tensor | None:
+        """(rows,) bool of this process: rows to train on; None keeps all; several methods keep what all of them keep.
+
+        Dropped rows leave the batch before the forward of the loss, and the denominators of `loss_type` count what is
+        left. To keep shapes equal over processes and micro-batches some stay in as fillers without loss tokens.
+        """
+        return None
+
+    def sampled(self, policy: Features, completion_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Values of some rows (b, T) under the weights that sampled them, without gradient; they join the streams.
+
+        Called block by block in the forward for the old log-probs, and only if TRL makes one. It does when a rollout
+        outlives its weights (and with vLLM's correction); if not, the loss's own forward has these weights (`HIDDEN`).
+        """
         return {}
 
     def observe(self, group: Group) -> None:

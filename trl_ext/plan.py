@@ -24,7 +24,8 @@ STAGES = {
     "prompts": ("edit_prompts",),
     "rewards": ("shape_rewards",),
     "advantages": ("group_advantages",),
-    "rollout data": ("streams", "observe"),
+    "rollout data": ("sampled", "streams", "observe"),
+    "row selection": ("keep_rows",),
     "teacher": ("sync_teacher",),
     "token advantages": ("token_advantages",),
     "loss mask": ("loss_mask",),
@@ -82,6 +83,7 @@ class Plan:
 
     def check(self, setup: Setup) -> None:
         """Raises PlanError with every problem of these methods in `setup`."""
+        setup = dataclasses.replace(setup, methods=[m.name for m in self.methods])
         problems = [f"{m.name}: {message}" for m in self.methods for message in m.check(setup)]
         heavy = self.needs() - {"entropy_at_rollout", "ref_logps"}
         if setup.engine in ("fsdp", "zero3") and heavy:

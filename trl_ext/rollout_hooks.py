@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from trl_ext import kept_rows
 from trl_ext.base import MethodTrainer
 from trl_ext.batch import images_of, loss_mask_of, replaced, whole
-from trl_ext.method import Group, Rollout
+from trl_ext.forward import watched_hidden
+from trl_ext.hidden_prompt import attending, image_tokens, without
+from trl_ext.method import Group, Rollout, RunShape
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,15 @@ class RolloutHooks(MethodTrainer):
     """Mixin in front of TRL's GRPOTrainer. Groups are whole only here: TRL shuffles rows before the loss."""
 
     _scored: Scored | None = None
+    _watching: bool = False
+    _sampled: dict[str, Tensor] = {}
 
     # Set by TRL's trainer
     _logs: dict[str, Any]
     _tokenizer: Any
     _tokenize_prompts: Any
     _generate_single_turn: Any
+    _other: Any
     eos_token_ids: list[int]
     generation_config: Any
     generation_kwargs: dict[str, Any]
@@ -54,14 +61,52 @@ class RolloutHooks(MethodTrainer):
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         for method in self.plan.using("edit_prompts"):
             inputs = method.edit_prompts(inputs)
-        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        watching = bool(self.plan.using("sampled")) and self._keeps_old_logps()
+        with replaced(self, _watching=watching, _sampled={}):
+            batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+            batch |= self._sampled
+        assert not self.plan.using("sampled") or watching == ("old_per_token_logps" in batch)  # as TRL 1.16 decides
         scored, self._scored = self._scored, None
         assert scored is not None  # TRL always calls _calculate_rewards
         if self.plan.on_groups:
             self._use_groups(batch, scored)
-        if self.plan.using("streams"):
-            self._add_streams(batch, scored)
+        if self.plan.using("streams", "keep_rows"):
+            rollout = self._rollout(batch, scored)
+            self._add_streams(batch, rollout)
+            batch = self._without_dropped(batch, rollout)
         return batch
+
+    def _keeps_old_logps(self) -> bool:
+        """Whether TRL's scoring begins with a forward for the old log-probs."""
+        window = self.args.steps_per_generation * self.args.num_iterations
+        corrected = self.use_vllm and self.args.vllm_importance_sampling_correction
+        return self.args.gradient_accumulation_steps % window != 0 or corrected
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        forward = functools.partial(super()._get_per_token_logps_and_entropies, model, input_ids, attention_mask)  # type: ignore[misc]
+        if not self._watching:
+            return forward(logits_to_keep, *args, **kwargs)
+        self._watching = False  # what follows in the same rollout is the reference
+        blocks: list[dict[str, Tensor]] = []
+        rows = iter(zip(input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:], strict=True))
+
+        def see(hidden: Tensor) -> None:
+            ids, mask = (torch.stack(part) for part in zip(*itertools.islice(rows, hidden.size(0)), strict=True))
+            policy = self._policy_features(hidden)
+            blocks.append(
+                {
+                    f"{method.name}/{key}": value
+                    for method in self.plan.using("sampled")
+                    for key, value in method.sampled(policy, ids, mask).items()
+                }
+            )
+
+        with watched_hidden(self._unwrapped(), logits_to_keep, see):
+            result = forward(logits_to_keep, *args, **kwargs)
+        self._sampled = {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+        return result
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
@@ -91,6 +136,7 @@ class RolloutHooks(MethodTrainer):
             truncated=cut.view(-1, size).bool(),
             reward_names=self.reward_func_names,
             step=self.state.global_step,
+            run=self._run_shape(),
             metrics=self._metrics_store(),
         )
 
@@ -108,12 +154,36 @@ class RolloutHooks(MethodTrainer):
         for method in self.plan.using("observe"):
             method.observe(group.for_method(method.name))
 
-    def _add_streams(self, batch: dict[str, Any], scored: Scored) -> None:
-        rollout = self._rollout(batch, scored)
+    def _run_shape(self) -> RunShape:
+        served = self.args.steps_per_generation * self.args.num_iterations
+        return RunShape(
+            max_steps=self.state.max_steps,
+            num_generations=self.args.num_generations,
+            steps_per_rollout=served / self.args.gradient_accumulation_steps,
+        )
+
+    def _without_dropped(self, batch: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
+        """The batch without the rows that a method drops, as far as equal shapes allow; see `trl_ext.kept_rows`."""
+        found = [m.keep_rows(rollout.for_method(m.name)) for m in self.plan.using("keep_rows")]
+        wanted = [keep for keep in found if keep is not None]
+        if not wanted:
+            return batch
+        keep = torch.stack(wanted).all(0)
+        counts = self.accelerator.gather(keep.sum().view(1)).tolist()
+        room = kept_rows.room_for(max(counts), self.args.steps_per_generation)
+        rollout.metrics.mean("rows_forwarded", room / keep.numel())
+        batch = kept_rows.without(batch, keep, room)
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask_of(batch).sum()).sum()
+        batch[kept_rows.SCALE] = torch.tensor(room * len(counts) / max(1, sum(counts)))
+        return batch
+
+    def _add_streams(self, batch: dict[str, Any], rollout: Rollout) -> None:
         for method in self.plan.using("streams"):
             for key, value in method.streams(rollout.for_method(method.name)).items():
-                if value.size(0) != len(scored.rows):
-                    raise ValueError(f"{method.name}: stream '{key}' has {value.size(0)} rows, not {len(scored.rows)}")
+                if value.size(0) != len(rollout.rows):
+                    raise ValueError(
+                        f"{method.name}: stream '{key}' has {value.size(0)} rows, not {len(rollout.rows)}"
+                    )
                 batch[f"{method.name}/{key}"] = value
 
     def _rollout(self, batch: dict[str, Any], scored: Scored) -> Rollout:
@@ -128,6 +198,7 @@ class RolloutHooks(MethodTrainer):
             advantages=batch["advantages"],
             reward_names=self.reward_func_names,
             step=self.state.global_step,
+            run=self._run_shape(),
             pad_token_id=self._tokenizer.pad_token_id,
             metrics=self._metrics_store(),
             decode_one=self.decode_one,
@@ -135,7 +206,27 @@ class RolloutHooks(MethodTrainer):
             generate=self._answer,
             entropies=lambda: self._entropies(batch),
             gather=self._gather_values,
+            other=functools.partial(self._other, batch),
+            micro_batch=self.args.per_device_train_batch_size,
+            prompt_ids=batch["prompt_ids"],
+            prompt_mask=batch["prompt_mask"],
+            images=image_tokens(batch["prompt_ids"], self.model.config) > 0,
+            decode=lambda ids: self._tokenizer.decode(list(ids), skip_special_tokens=True),
+            blind_logps=lambda hide: self._blind_logps(batch, hide),
         )
+
+    def _blind_logps(self, batch: dict[str, Any], hide: Tensor) -> Tensor:
+        ids, mask = whole(batch)
+        size = self.args.per_device_train_batch_size
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            attending(self._unwrapped(), without(mask, hide).split(size)),
+        ):
+            logps, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                self.model, ids, mask, batch["completion_ids"].size(1), size, **images_of(batch)
+            )
+        return logps
 
     def _entropies(self, batch: dict[str, Any]) -> Tensor:
         ids, mask = whole(batch)

@@ -79,7 +79,7 @@ def _token_counter(recipe: Recipe, tokenizer: Any) -> Callable[[Any], int]:
         ids = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **settings
         )
-        return len(ids)
+        return len(ids[0] if ids and isinstance(ids[0], list) else ids)  # a processor of images returns a batch of one
 
     return count
 

@@ -6,7 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tests.bench.learning_report import BASELINE, Metric, Runs, over_seeds, paired
+from tests.bench.learning_report import (
+    ACCURACY,
+    BASELINE,
+    ENTROPY,
+    Metric,
+    Runs,
+    difference,
+    distance,
+    early,
+    logged,
+    over_seeds,
+    paired,
+    rise,
+    tail,
+    wobble,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,85 @@ class Claim:
     against: str | float = BASELINE
 
 
-CLAIMS: Mapping[str, Sequence[Claim]] = {}
+def _nats(name: str, read: Any) -> Metric:
+    return Metric(name, "nats", read)
+
+
+NOT_WORSE = Claim("accuracy not below GRPO's", ACCURACY, "not below")
+ENTROPY_TARGET = 0.2  # of recipes/sandbox_dcpo.yaml
+CLAIMS: Mapping[str, Sequence[Claim]] = {
+    "dgpo": (
+        NOT_WORSE,
+        Claim(
+            "the policy moves away from the reference", Metric("rise of d_mean", "", rise("dgpo/d_mean")), "above", 0
+        ),
+        Claim("entropy does not collapse", ENTROPY, "not below"),
+        Claim("steadier gradient norm", Metric("wobble of grad_norm", "", wobble("grad_norm")), "below"),
+    ),
+    "dcpo": (
+        NOT_WORSE,
+        Claim(
+            "entropy settles nearer to H0",
+            _nats("distance of entropy to H0", distance("entropy", ENTROPY_TARGET)),
+            "below",
+        ),
+        Claim("higher entropy than without the second ratio", ENTROPY, "above", "one temperature"),
+    ),
+    "capo": (
+        Claim("accuracy above GRPO's where GRPO collapses", ACCURACY, "above"),
+        Claim(
+            "rejects under 8% of the tokens", Metric("rejected", "%", logged("capo/rejected"), 100, 1), "below", 0.08
+        ),
+        Claim("under 2% at the end", Metric("rejected at the end", "%", tail("capo/rejected"), 100, 1), "below", 0.02),
+        Claim("accuracy above the same run without rejections", ACCURACY, "above", "nothing rejected"),
+    ),
+    "velocity_rank": (
+        NOT_WORSE,
+        Claim(
+            "effective rank not below the same run without bonus",
+            Metric("effective rank at the end", "", tail("velocity_rank/er")),
+            "not below",
+            "no bonus",
+        ),
+        Claim(
+            "right answers accelerate more",
+            Metric(
+                "ERA of right minus wrong", "", difference("velocity_rank/era_right", "velocity_rank/era_wrong"), 1, 4
+            ),
+            "above",
+            0,
+        ),
+        Claim(
+            "ER and ERV nearly uncorrelated (below 0.3)",
+            Metric("correlation of ER and ERV", "", logged("velocity_rank/er_erv_correlation")),
+            "below",
+            0.3,
+        ),
+    ),
+    "pgpo": (
+        NOT_WORSE,
+        Claim("dependency on the evidence rises", _nats("rise of mean S", rise("pgpo/dependency")), "above", 0),
+        Claim("accuracy above that without Eq. 7", ACCURACY, "above", "mass not kept"),
+    ),
+    "d3s": (
+        NOT_WORSE,
+        Claim("larger gradient norm early", Metric("early grad_norm", "", early("grad_norm")), "above"),
+        Claim("reward rises faster", Metric("early reward", "", early("reward")), "above"),
+        Claim("the schedule ends above the fixed aggressive rate", ACCURACY, "above", "no schedule"),
+    ),
+    "epo": (
+        NOT_WORSE,
+        Claim("steadier entropy than GRPO's", _nats("wobble of entropy", wobble("entropy")), "below"),
+        Claim(
+            "steadier entropy than with the bonus alone",
+            _nats("wobble of entropy", wobble("entropy")),
+            "below",
+            "bonus alone",
+        ),
+        Claim("higher entropy than GRPO's", ENTROPY, "above"),
+    ),
+}
+"""Method -> its card's claims ("What a user would see") as far as the sandbox can show them."""
 
 
 def check(runs: Runs, method: str) -> list[dict[str, Any]]:

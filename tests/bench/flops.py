@@ -75,6 +75,23 @@ def step_flops(shape: Shape, passes: Passes) -> float:
     return passes.body * body_flops(shape, shape.rows, length) + passes.head * head_flops(shape, shape.rows * scored)
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What a method computes besides TRL's step, without gradient: `forwards` of the blocks over all rows and tokens,
+    and projections of all completion tokens to the vocabulary, `heads`; a fraction for a part of the rows.
+    """
+
+    forwards: float = 0.0
+    heads: float = 0.0
+
+
+def extra_share(shape: Shape, passes: Passes, extra: Extra) -> float:
+    """The extra work over that of TRL's step."""
+    forwards = extra.forwards * body_flops(shape, shape.rows, shape.prompt + shape.completion)
+    heads = extra.heads * head_flops(shape, shape.rows * shape.completion)
+    return (forwards + heads) / step_flops(shape, passes)
+
+
 def floor_ratio(shape: Shape, passes: Passes, teacher_rows: int, teacher_prompt: int, span_tokens: int) -> float:
     """Step with a teacher over step without: 1 + (teacher forwards of some rows + projections of span tokens) / step."""
     teacher = body_flops(shape, teacher_rows, teacher_prompt + shape.completion)

@@ -37,6 +37,13 @@ from trl_ext.sandbox import ensure_model  # noqa: E402
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "trace": {"all tokens": {"spans": "all"}, "random spans": {"spans": "random"}},
     "high_entropy": {"lowest": {"lowest": True}},
+    "dgpo": {"without entropy": {"kappa": 0}},
+    "dcpo": {"one temperature": {"temperature_high": 1.0, "temperature_low": 1.0}},
+    "capo": {"nothing rejected": {"tau_fisher": "inf", "tau_hessian": "inf"}},
+    "velocity_rank": {"no bonus": {"kappa": "inf"}},
+    "pgpo": {"mass not kept": {"conserve_mass": False}},
+    "d3s": {"no schedule": {"sample_end": 0.25, "token_end": 0.2}},
+    "epo": {"bonus alone": {"alpha": 0.0}},
 }
 """Method -> name of the ablation -> the settings that it changes: the cards' controls."""
 QUICK = {"steps": 4, "eval_every": 2, "eval_rows": 40, "seeds": 2}

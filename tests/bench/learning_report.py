@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,59 @@ def tail(name: str) -> Callable[[Run], float | None]:
 
 def logged(name: str) -> Callable[[Run], float | None]:
     return lambda run: mean_of(run["log"].get(name, []))
+
+
+def early(name: str) -> Callable[[Run], float | None]:
+    """Mean of a logged number over the first quarter of the steps."""
+
+    def read(run: Run) -> float | None:
+        values = run["log"].get(name, [])
+        return mean_of(values[: max(1, len(values) // 4)])
+
+    return read
+
+
+def rise(name: str) -> Callable[[Run], float | None]:
+    """Mean over the last tenth of the steps minus that over the first."""
+
+    def read(run: Run) -> float | None:
+        values = run["log"].get(name, [])
+        first, last = mean_of(values[: max(1, len(values) // 10)]), tail(name)(run)
+        return None if first is None or last is None else last - first
+
+    return read
+
+
+def wobble(name: str) -> Callable[[Run], float | None]:
+    """SD of a logged number's change from step to step, over the second half of the steps."""
+
+    def read(run: Run) -> float | None:
+        values = [v for v in run["log"].get(name, []) if v is not None]
+        late = values[len(values) // 2 :]
+        changes = [b - a for a, b in itertools.pairwise(late)]
+        return statistics.pstdev(changes) if changes else None
+
+    return read
+
+
+def difference(one: str, other: str) -> Callable[[Run], float | None]:
+    """Mean of one logged number minus that of another."""
+
+    def read(run: Run) -> float | None:
+        values = mean_of(run["log"].get(one, [])), mean_of(run["log"].get(other, []))
+        return None if None in values else values[0] - values[1]  # type: ignore[operator]
+
+    return read
+
+
+def distance(name: str, target: float) -> Callable[[Run], float | None]:
+    """How far a logged number ends from a target."""
+
+    def read(run: Run) -> float | None:
+        value = tail(name)(run)
+        return None if value is None else abs(value - target)
+
+    return read
 
 
 def _lift(name: str) -> Callable[[Run], float | None]:

@@ -1,6 +1,7 @@
 """What methods cost per training step, against stock TRL in the same run: `python -m tests.bench.overhead`.
 
-Loss, backward, clipping and optimizer on one fixed rollout (see `steps`); generation is the same for all and left out.
+Scoring, loss, backward, clipping and optimizer on one fixed rollout (see `steps`); generation is the same for all and
+left out.
 Variants take turns (A B C A B C ...), so that a drift of the machine meets all of them; a ratio is the median over
 rounds of variant / stock TRL of the same round. Nothing is asserted on wall time. Beside each ratio: the arithmetic
 floor (`flops.floor_ratio`), and a TRACE that builds (B, T, V) log-probs for its KL.

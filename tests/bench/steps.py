@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen3Config, Qwen3ForCausalLM
 
 import trl_ext
-from tests.bench.flops import Passes, Shape, floor_ratio
+from tests.bench.flops import Extra, Passes, Shape, extra_share, floor_ratio
 from trl_ext.annotate import Request, Span
 from trl_ext.method import TEACHER, LossInput, Method
 from trl_ext.methods import METHODS
@@ -82,6 +82,15 @@ def known(*classes: type[Method]) -> Iterator[None]:
     finally:
         for cls in classes:
             del METHODS[cls.name]
+
+
+EXTRAS: Mapping[str, Extra] = {
+    "dgpo": Extra(forwards=1, heads=2),  # the reference's forward; policy and reference are projected
+    "pgpo": Extra(forwards=1, heads=1),  # the forward with the evidence hidden
+    "dcpo": Extra(heads=0.5),  # one projection, of the completions with a positive reward: half of them here
+    "capo": Extra(heads=1),  # the top logits
+}
+"""What each method cannot do without. Those that are not here read what TRL's step computes anyway."""
 
 
 def variants(naive: bool = True) -> list[Variant]:
@@ -198,7 +207,7 @@ class Bench:
     def __init__(self, variant: Variant, shape: Shape, model: Any, folder: str, peft: Any = None, **kwargs: Any):
         """`model` is a model, or a folder with one; `kwargs` go to the config, `init` among them to the trainer."""
         self.variant, self.shape = variant, shape
-        rows = prompt_rows(shape, variant.share)
+        self._rows = rows = prompt_rows(shape, variant.share)
         init = kwargs.pop("init", {})
         args = settings(shape, folder, **kwargs)
         stock = variant.methods is None
@@ -230,9 +239,13 @@ class Bench:
         trainer.model.zero_grad()
 
     def timed(self) -> float:
-        """Seconds of one step, the device's queue emptied before and after."""
+        """Seconds of scoring the fixed rollout and of one step on it, the device's queue emptied before and after.
+
+        Scoring is what comes between generation and loss: rewards, advantages, and the forwards of a method there.
+        """
         synchronize()
         started = time.perf_counter()
+        self._roll_out(self._rows)
         self.step()
         synchronize()
         return time.perf_counter() - started
@@ -253,12 +266,14 @@ class Bench:
 
     def floor(self, passes: Passes) -> float:
         """The arithmetic floor of the step's ratio to stock TRL, from what the rollout really routed."""
+        extras = [EXTRAS[name] for name in self.variant.methods or () if name in EXTRAS]
+        share = sum(extra_share(self.shape, passes, extra) for extra in extras)
         rows = int((self._kinds() > 0).any(1).sum())
         if rows == 0:
-            return 1.0
+            return 1.0 + share
         width = next(value.size(1) for key, value in self.batch.items() if key.endswith("trace/prompt_ids"))
         shape = dataclasses.replace(self.shape, prompt=self.batch["prompt_ids"].size(1))
-        return floor_ratio(shape, passes, rows, width, self.span_tokens())
+        return share + floor_ratio(shape, passes, rows, width, self.span_tokens())
 
 
 def synchronize() -> None:

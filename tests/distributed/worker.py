@@ -20,7 +20,21 @@ CASES: dict = {
     "trace": {"methods": {"trace": TRACE}, "loss_type": "grpo"},
     "trace_dapo": {"methods": {"trace": TRACE | {"sync_every": 2}}},
     "high_entropy": {"methods": {"high_entropy": {}}},
+    "dgpo": {"methods": {"dgpo": {"tau": 0.05}}, "loss_type": "grpo"},
+    "dcpo": {"methods": {"dcpo": {"threshold": 0.5}}, "num_iterations": 2},
     "high_entropy_generation": {"methods": {"high_entropy": {"scope": "generation_batch"}}, "loss_type": "grpo"},
+    "pgpo": {"methods": {"pgpo": {"pattern": "[0-9]+ .+ [0-9]+"}}, "num_iterations": 2},
+    "capo": {"methods": {"capo": {"optim_model": "sgd", "tau_fisher": 0.05, "tau_hessian": 0}}, "loss_type": "grpo"},
+    "velocity_rank": {"methods": {"velocity_rank": {"stride": 1}}, "loss_type": "grpo"},
+    # 3 of 8 rollouts: one process keeps more, so the other one has fillers
+    "d3s": {
+        "methods": {"d3s": {"sample_start": 0.375, "sample_end": 0.375}},
+        "loss_type": "grpo",
+        "num_iterations": 2,
+    },
+    "d3s_kl": {"methods": {"d3s": {"scope": "generation_batch"}}, "beta": 0.1, "num_iterations": 2},
+    "epo": {"methods": {"epo": {"coefficient": 0.1, "lower": 0.9, "upper": 1.1, "history": "turn"}}},
+    "epo_step": {"methods": {"epo": {"coefficient": 0.1, "lower": 0.9, "upper": 1.1}}, "num_iterations": 2},
     # At 0.8 the last kept entropy is unique here: the first tokens of one prompt tie, and row order would break the tie
     "both": {"methods": {"trace": TRACE, "high_entropy": {"quantile": 0.8}}},
 }
