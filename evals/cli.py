@@ -88,6 +88,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     _flag(group, "--samples", type=int, help="replies to each prompt")
     _flag(group, "--temperature", type=float, help="0: greedy")
+    _flag(group, "--looks", help="planned numbers of samples, e.g. 8,16,32: adding samples until it looks good costs")
     _flag(group, "--top-p", type=float)
     _flag(group, "--top-k", type=int, help="0: off")
     _flag(group, "--max-new-tokens", type=int)
@@ -207,10 +208,23 @@ def settings_of(args: argparse.Namespace, sandbox: bool) -> Settings:
         backend=args.backend,
         control=args.control,
         judge=args.judge,
+        looks=_looks(args.looks),
         allow_inactive=args.allow_inactive,
         store=args.store or str(Path("evals_out") / "replies"),
         **{name: getattr(args, name) for name in same},
     )
+
+
+def _looks(text: str | None) -> tuple[int, ...]:
+    from evals.settings import SettingsError
+
+    try:
+        looks = tuple(int(name) for name in _names(text))
+    except ValueError:
+        looks = (0,)
+    if list(looks) != sorted(set(looks)) or (looks and looks[0] < 1):
+        raise SettingsError(f"--looks {text}: expected increasing numbers of samples, such as 8,16,32")
+    return looks
 
 
 def _tasks(names: Sequence[str]) -> list[Task]:

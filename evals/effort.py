@@ -6,28 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from evals.result import Result
 from evals.run import Ready
-from evals.statistics.planning import Variances, assumed_variances, pilot_variances, plan_effect
+from evals.statistics.planning import Variances, assumed_variances, plan_effect, variances_of_means
 
 ACCURACY = 0.5
 """Assumed without a pilot: where the replies to a question vary most, so that the plan errs on the safe side."""
 
 
 def pilot(result: Result) -> dict[str, tuple[Variances, float]]:
-    """Task -> variances of the last candidate's difference and tokens of a reply, from an earlier report.
-
-    The report keeps each question's mean only, so that the noise within a question is taken from its binomial variance.
-    """
+    """Task -> variances of the last candidate's difference and mean tokens of a reply, from an earlier report."""
     found = {}
     for task in result.tasks:
         if len(result.subjects) > 1 and task.samples > 1:
-            before, after = ([[s.scores[i]] * 2 for s in task.questions] for i in (0, -1))
-            between = pilot_variances(before, after).between
-            within = sum(
-                (p * (1 - p) + q * (1 - q)) * task.samples / (task.samples - 1)
-                for (p, _), (q, _) in zip(before, after, strict=True)
-            ) / len(task.questions)
+            before, after = ([s.scores[i] for s in task.questions] for i in (0, -1))
             tokens = sum(sum(s.lengths) for s in task.scores) / sum(len(s.lengths) for s in task.scores)
-            found[task.name] = Variances(max(0.0, between - within / task.samples), within), tokens
+            found[task.name] = variances_of_means(before, after, task.samples), tokens
     return found
 
 

@@ -33,10 +33,8 @@ def compare_reports(before: str | Path, after: str | Path, allow_mismatch: bool 
         first.store,
         second.environment,
         first.skipped,
-        (),
-        None,
-        False,
-        tuple(f"compared although they differ: {reason}" for reason in mismatches),
+        repeats=False,
+        notes=tuple(f"compared although they differ: {reason}" for reason in mismatches),
     )
 
 

@@ -155,6 +155,7 @@ class Evaluation:
             self._targets(),
             self.settings.judge,
             self.plan.repeats,
+            self.settings.looks,
             tuple(self.notes),
         )
 

@@ -61,6 +61,7 @@ def score(session: Session, tokenizer: Any = None, settings: Any = None) -> Scor
         skipped=session.skipped,
         notes=session.notes,
         repeats=session.repeats,
+        looks=session.looks,
     )
     return Scored(result, lm_eval)
 

@@ -38,6 +38,7 @@ class Session:
     """`subjects[0]` is the base. `store`: the folder of replies. `targets`: the tasks that training aimed at, of which
     the others guard against forgetting; empty: none is singled out. `judge`: a reward that chooses among replies.
     `repeats`: the candidates are training runs of one recipe, so that their spread means something.
+    `looks`: see `analysis.verdict.finish_result`.
     """
 
     subjects: tuple[Subject, ...]
@@ -48,6 +49,7 @@ class Session:
     targets: tuple[str, ...] = ()
     judge: str | None = None
     repeats: bool = True
+    looks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
@@ -75,7 +77,7 @@ def load_session(folder: str | Path) -> Session:
         )
         raw["subjects"] = tuple(Subject(**s) for s in raw["subjects"])
         raw["skipped"] = tuple(Skipped(**s) for s in raw["skipped"])
-        lists = {key: tuple(raw[key]) for key in ("targets", "notes")}
+        lists = {key: tuple(raw[key]) for key in ("targets", "notes", "looks")}
         return Session(**raw | lists | {"tasks": tasks, "store": str(Path(folder) / raw["store"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is missing or is not of this version, so nothing can be graded: {error}") from error

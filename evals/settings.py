@@ -23,7 +23,8 @@ class Settings:
     """How to evaluate; None leaves a field of `Sampling` to the preset of each task.
 
     `missing`: what happens when a task's data cannot be had. `limit`: questions per task. `control`: also ask the base
-    under a grammar, on structured tasks. `judge`: a reward that chooses among the replies. `store`: the folder of
+    under a grammar, on structured tasks. `judge`: a reward that chooses among the replies.
+    `looks`: numbers of samples at which the replies are looked at, so that peeking is paid for. `store`: the folder of
     replies, one for all reports, so that a base is asked once.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     backend: str = "hf"
     control: bool = False
     judge: str | None = None
+    looks: tuple[int, ...] = ()
     allow_inactive: bool = False
     store: str = "evals_out/replies"
 
@@ -69,6 +71,8 @@ def sampling_for(task: Task, settings: Settings) -> Sampling:
     problems = problems_of(found)
     if problems:
         raise SettingsError(f"{task.name}: {'; '.join(problems)}")
+    if settings.looks and found.samples not in settings.looks:
+        raise SettingsError(f"{task.name}: --samples {found.samples} is none of the planned --looks {settings.looks}")
     return found
 
 

@@ -109,23 +109,16 @@ def cluster_means(values: NDArray[np.float64], groups: Sequence[str] | None) -> 
     return np.asarray(np.bincount(index, weights=values) / np.bincount(index))
 
 
-def _effective(units: NDArray[np.float64], replies: int) -> float:
+def effective_n(units: NDArray[np.float64], replies: int) -> float:
+    """How many independent replies (U,) unit means are worth: min(replies, m (1 - m) / SE^2), SE over units; U if SE = 0."""
     mean, error = float(units.mean()), standard_error(units)
     return len(units) if error == 0 else min(replies, mean * (1 - mean) / error**2)
 
 
 def mean_interval(units: NDArray[np.float64], replies: int) -> tuple[float, float, float]:
-    """(mean, low, high) of (U,) unit means in [0, 1]: Wilson with the t quantile of U - 1 degrees on the effective number
-    of replies min(replies, m (1 - m) / SE^2), or U if SE = 0.
-    """
+    """(mean, low, high) of (U,) unit means in [0, 1]: Wilson with the t quantile of U - 1 degrees on `effective_n`."""
     mean = min(1.0, float(units.mean()))  # a sum of ones may round above
-    return mean, *wilson_interval(mean, _effective(units, replies), t_quantile(len(units) - 1))
-
-
-def effective_n(scores: Scores) -> float:
-    """How many independent replies the scores are worth: min(N K, m (1 - m) / SE^2), SE over questions; N if SE = 0."""
-    values = question_scores(scores)
-    return _effective(values.mean(1), values.size)
+    return mean, *wilson_interval(mean, effective_n(units, replies), t_quantile(len(units) - 1))
 
 
 def estimate(scores: Scores, groups: Sequence[str] | None = None) -> Estimate:

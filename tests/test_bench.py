@@ -21,6 +21,7 @@ from tests.bench.steps import Bench, Variant, known
 from tests.tiny import assert_equal, grpo_args, prompts, tiny_path, weights
 from trl_ext.methods import METHODS
 from trl_ext.methods.grpo.trace import ERROR, KEY
+from trl_ext.plan import settings_of
 
 # 2 layers, hidden 2, one head of size 2, MLP 3, vocabulary 5; 2 rows of 1 + 3 tokens
 HAND = Shape(2, 1, 3, hidden=2, layers=2, heads=1, kv_heads=1, head_dim=2, intermediate=3, vocab=5)
@@ -292,6 +293,17 @@ def test_generated_readme(tmp_path):
     path.write_text("<!-- methods -->\n")
     with pytest.raises(ValueError, match="has no <!-- /methods -->"):
         readme.main([], path, folder)
+
+
+def test_every_default_says_where_it_comes_from():
+    assert readme.kind_of("card: paper, table 3") == "paper" and readme.kind_of("card: official code") == "code"
+    assert readme.kind_of("card: a choice, not seen in the paper") == readme.kind_of("ours") == "decided"
+    assert readme.kind_of("card: paper (released code 0.8)") == "paper"
+    with pytest.raises(ValueError, match="must say whether"):
+        readme.kind_of("card")
+    for cls in METHODS.values():
+        counts = [int(n) for n in readme.provenance(cls).split(" / ")]
+        assert sum(counts) == len(settings_of(cls)) > 0
 
 
 def test_learning_part_of_the_readme(learned):

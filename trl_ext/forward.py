@@ -39,17 +39,22 @@ class Head:
     fp32: bool
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V) float32: log softmax(logits / temperature). Build it for chosen positions only."""
+        """(N, H) -> (N, V) float32: log softmax of `logits`. Build it for chosen positions only."""
+        return torch.log_softmax(self.logits(hidden), dim=-1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V) float32: logits / temperature, with the scalings of the model's config."""
         if self.fp32:
             with torch.autocast(hidden.device.type, enabled=False):
                 bias = None if self.bias is None else self.bias.float()
                 logits = nn.functional.linear(hidden.float(), self.weight.float(), bias)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
-        logits = logits * self.scale
+        # A block is large, and every copy of it counts: a scaling by one is left out.
+        logits = logits if self.scale == 1 else logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ from evals.analysis.breakdown import letter_note, parts, shown
 from evals.analysis.split import split_change
 from evals.analysis.tables import Graded, Table, build_tables, clusters, vote, weighted_mean
 from evals.result import Paired, Scores, Split, Subject, TaskResult, Versus
-from evals.statistics.curves import majority, pass_curve
+from evals.statistics.curves import g_pass_at_k, majority, pass_curve
 from evals.statistics.ratio import compare_ratio, estimate_ratio
 from evals.stats import Comparison, Estimate, compare, estimate, fixed_interval
 from evals.task import Item, Metric, Sampling, Task
 
 TRUNCATED = 0.05
 """Share of replies at the token limit above which the reader is told."""
+
+RELIABLE = 8
+"""Replies to a question from which G-Pass is reported."""
 
 Groups = Sequence[str] | None
 
@@ -54,6 +57,7 @@ def analyse(
     ]
     if task.kind == "choice":
         remarks.append(letter_note(tables, names))
+    remarks.append(_reliability(task, tables, names))
     return TaskResult(
         name=task.name,
         title=task.title,
@@ -76,6 +80,18 @@ def analyse(
         questions=shown(task, tables, not task.gated),
         notes=(*notes, *(remark for remark in remarks if remark)),
     )
+
+
+def _reliability(task: Task, tables: Sequence[Table], names: Sequence[str]) -> str | None:
+    """G-Pass at half of the replies: how often at least half of K/2 drawn replies are right. From `RELIABLE` replies on."""
+    scores = [table.scores(task.headline) for table in tables]
+    replies = scores[0].shape[1]
+    if replies < RELIABLE or not all(np.isin(s, (0, 1)).all() for s in scores):
+        return None
+    k = replies // 2
+    shares = [np.mean([g_pass_at_k(int(right), replies, k, 0.5) for right in s.sum(1)]) for s in scores]
+    found = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
+    return f"G-Pass@{k}, at least half of {k} replies right: {found}."
 
 
 def _with_content(task: Task, tables: Sequence[Table]) -> dict[str, Metric]:

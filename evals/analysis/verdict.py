@@ -13,7 +13,9 @@ from evals.analysis.split import split_words
 from evals.analysis.tables import clusters
 from evals.result import Curve, Paired, Result, Skipped, Spread, Subject, TaskResult, Versus
 from evals.statistics.multiple import band, holm, spread
+from evals.statistics.planning import variances_of_means
 from evals.statistics.quantiles import t_quantile
+from evals.statistics.sequential import information_fraction, look_levels
 from evals.stats import ALPHA, Comparison, question_scores, standard_error
 from evals.task import Item
 
@@ -29,17 +31,19 @@ def finish_result(
     targets: Collection[str] = (),
     notes: Sequence[str] = (),
     repeats: bool = True,
+    looks: Sequence[int] = (),
 ) -> Result:
     """Holm over the headlines of all tasks and candidates, verdicts in words, spread over training runs, checkpoints,
     the guard against forgetting (`targets`: names of the tasks that were trained for; none: no guard) and notes.
     `repeats`: whether the candidates are training runs of one recipe, without which a spread over them says nothing.
+    `looks`: the numbers of samples at which these replies are or will be looked at, the planned total last; none: once.
 
     Raises ValueError for a target that was not evaluated and not skipped.
     """
     unknown = set(targets) - {task.name for task in tasks} - {skip.name for skip in skipped}
     if unknown:
         raise ValueError(f"targets {sorted(unknown)} are not among the tasks {[task.name for task in tasks]}")
-    judged = adjusted(tasks)
+    judged = adjusted(tasks, looks)
     return Result(
         subjects=tuple(subjects),
         tasks=judged,
@@ -52,18 +56,51 @@ def finish_result(
     )
 
 
-def adjusted(tasks: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
-    """The tasks with `p_holm`, and verdicts that use it, in their headlines."""
+def adjusted(tasks: Sequence[TaskResult], looks: Sequence[int] = ()) -> tuple[TaskResult, ...]:
+    """The tasks with `p_holm`, and verdicts that use it, in their headlines; a look before the last is judged strictly."""
     p_values = iter(holm([v.metrics[task.headline].comparison.p for task in tasks for v in task.versus]))
     return tuple(
-        replace(task, versus=tuple(_with_holm(v, task.headline, next(p_values)) for v in task.versus))
+        _looked_at(
+            replace(
+                task,
+                versus=tuple(
+                    _with_holm(v, task.headline, next(p_values), look_level(task, i, looks))
+                    for i, v in enumerate(task.versus, 1)
+                ),
+            ),
+            looks,
+        )
         for task in tasks
     )
 
 
-def _with_holm(versus: Versus, headline: str, p: float) -> Versus:
+def look_level(task: TaskResult, index: int, looks: Sequence[int]) -> float:
+    """The p below which candidate `index` counts at this look: all looks together err in 5 %. The information at each
+    look follows from the task's own scores; `ALPHA` without looks, or where no question differs.
+    """
+    samples = int(task.sampling["samples"])
+    if not looks or task.samples < 2:
+        return ALPHA
+    before, after = ([shown.scores[i] for shown in task.questions] for i in (0, index))
+    found = variances_of_means(before, after, task.samples)
+    if found.within == 0:
+        return ALPHA  # more replies say nothing new
+    fractions = {information_fraction(found.between, found.within, k, looks[-1]) for k in looks if k <= samples}
+    return look_levels(sorted(fractions))[-1]
+
+
+def _looked_at(task: TaskResult, looks: Sequence[int]) -> TaskResult:
+    if not looks:
+        return task
+    levels = ", ".join(f"{v.candidate} p < {look_level(task, i, looks):.2g}" for i, v in enumerate(task.versus, 1))
+    now, total = sum(k <= int(task.sampling["samples"]) for k in looks), len(looks)
+    note = f"Look {now} of {total} ({', '.join(map(str, looks))} samples): better or worse needs {levels}."
+    return replace(task, notes=(*task.notes, note))
+
+
+def _with_holm(versus: Versus, headline: str, p: float, level: float) -> Versus:
     paired = versus.metrics[headline]
-    verdict = paired.comparison.verdict if p < ALPHA else "no evidence"
+    verdict = paired.comparison.verdict if p < level else "no evidence"
     metrics = dict(versus.metrics) | {headline: replace(paired, p_holm=p, verdict=verdict)}
     split = versus.split
     if split is not None:

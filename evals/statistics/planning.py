@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evals.stats import Scores, minimum_detectable_effect, question_scores
+import numpy as np
+
+from evals.stats import minimum_detectable_effect
 
 AGREEMENT = 1 / 3
 """Share of a single reply's variance that lies between questions, where no pilot says it."""
@@ -57,16 +60,15 @@ class Plan:
         return f"{size}: {replies} to each question (then {100 * self.detectable:.1f} points are detectable){tokens}"
 
 
-def pilot_variances(before: Scores, after: Scores) -> Variances:
-    """From a pilot's (N, K) tables of the same questions: within = mean of the two sample variances' sum, between =
-    max(0, Var(d) - within / K). Raises ValueError for K = 1, where the two cannot be told apart, or unequal shapes.
+def variances_of_means(before: Sequence[float], after: Sequence[float], samples: int) -> Variances:
+    """From each question's means over `samples` replies that are 0 or 1, where the replies themselves are not at hand:
+    within = mean of (p (1 - p) + q (1 - q)) K / (K - 1), between = max(0, Var(d) - within / K). Raises ValueError for K = 1.
     """
-    first, second = question_scores(before), question_scores(after)
-    if first.shape != second.shape or first.shape[1] < 2:
-        raise ValueError(f"pilot: two tables of one shape with 2 replies or more, got {first.shape}, {second.shape}")
-    within = float((first.var(1, ddof=1) + second.var(1, ddof=1)).mean())
-    d = second.mean(1) - first.mean(1)
-    return Variances(max(0.0, float(d.var(ddof=1)) - within / first.shape[1]), within)
+    p, q = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if samples < 2:
+        raise ValueError("variances: one reply to each question does not tell noise from differences")
+    within = float((p * (1 - p) + q * (1 - q)).mean()) * samples / (samples - 1)
+    return Variances(max(0.0, float((q - p).var(ddof=1)) - within / samples), within)
 
 
 def assumed_variances(accuracy: float, agreement: float = AGREEMENT, gain_sd: float = GAIN_SD) -> Variances:

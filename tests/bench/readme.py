@@ -21,18 +21,47 @@ quiet()
 from tests.bench import evals, gpu, learning_report, overhead  # noqa: E402 - after the environment is set
 from trl_ext.method import Method, overrides  # noqa: E402
 from trl_ext.methods import METHODS  # noqa: E402
-from trl_ext.plan import STAGES  # noqa: E402
+from trl_ext.plan import STAGES, settings_of  # noqa: E402
 
 MISSING = "No result yet: run `make {target}`."
 
 
 def methods_table(methods: Mapping[str, type[Method]]) -> str:
     """The paper index: name, paper, trainer, stages, and with what it does not go together."""
-    lines = ["| name | paper | trainer | stages it changes | composes with |", "| --- | --- | --- | --- | --- |"]
+    head = ("name", "paper", "trainer", "stages it changes", "defaults: stated / from code / decided", "composes with")
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, cls in methods.items():
         link = f"[{cls.title}](https://arxiv.org/abs/{cls.paper})"
-        lines.append(f"| `{name}` | {link} | {cls.trainer} | {stages_of(cls)} | {partners(cls, methods)} |")
+        lines.append(
+            f"| `{name}` | {link} | {cls.trainer} | {stages_of(cls)} | {provenance(cls)} | {partners(cls, methods)} |"
+        )
     return "\n".join(lines)
+
+
+KINDS: Mapping[str, Sequence[str]] = {
+    "decided": ("ours", "decision", "open question", "choice", "inferred", "generalisation", "not seen"),
+    "code": ("code", "script", "released", "readme"),
+    "paper": ("paper", "ablation", "variant"),
+}
+"""Where a default comes from -> words of its `source` that say so; the word that comes first counts."""
+
+
+def kind_of(source: str) -> str:
+    """ "paper" (stated there), "code" (read in released code), or "decided" (inferred, or our own decision).
+
+    Only what stands before a semicolon counts. Raises ValueError for a source that says none of these.
+    """
+    text = source.lower().partition(";")[0]
+    places = [(text.find(word), kind) for kind, words in KINDS.items() for word in words if word in text]
+    if not places:
+        raise ValueError(f"a default's source must say whether it is the paper's, the code's or decided: {source!r}")
+    return min(places)[1]
+
+
+def provenance(cls: type[Method]) -> str:
+    """How many defaults are stated in the paper, read in code, and inferred or decided."""
+    kinds = [kind_of(f.metadata["source"]) for f in settings_of(cls).values()]
+    return " / ".join(str(kinds.count(kind)) for kind in ("paper", "code", "decided"))
 
 
 def stages_of(cls: type[Method]) -> str:

@@ -282,3 +282,18 @@ def test_a_report_is_written_whole_and_read_back(tmp_path: Path) -> None:
     assert found.tasks[0].name == "gsm_json_synth"
     content = (tmp_path / "report" / "results.json").read_text()
     assert str(tmp_path) not in content, "no machine paths"
+
+
+def test_a_look_before_the_last_is_judged_strictly(tmp_path: Path) -> None:
+    """The same replies: a difference that counts at the last look does not at the first of many."""
+    found = {}
+    for looks in ((), (2,), (2, 64)):
+        chosen = settings(tmp_path, "gsm_json_synth", limit=60, samples=2, looks=looks)
+        task = result_of(evaluation(chosen, 0.5, c=0.57).go()).tasks[0]
+        found[looks] = task.versus[0].metrics["valid_and_correct"], task.notes
+    p = found[()][0].p_holm
+    assert p is not None and p < 0.05 and found[()][0].verdict == found[2,][0].verdict == "better"
+    assert found[2, 64][0].verdict == "no evidence" and found[2, 64][0].p_holm == p
+    assert any("Look 1 of 2 (2, 64 samples): better or worse needs c p < " in note for note in found[2, 64][1])
+    with pytest.raises(SettingsError, match="--samples 2 is none of the planned --looks"):
+        evaluation(settings(tmp_path, "aime_synth", looks=(4, 8)), 0.5)

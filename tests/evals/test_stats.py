@@ -32,7 +32,7 @@ def test_paired_example_to_six_decimals():
 
 
 def test_single_example_to_six_decimals():
-    assert round(stats.effective_n(replies(BASE)), 6) == 15.156352
+    assert round(stats.effective_n(np.array(BASE), 80), 6) == 15.156352
     found = stats.estimate(replies(BASE))
     assert (found.mean, found.n, found.samples) == (0.4125, 10, 8)
     assert (round(found.low, 6), round(found.high, 6)) == (0.186275, 0.682898)
@@ -84,8 +84,8 @@ def test_wilson_solves_its_quadratic():
 
 def test_single_replies_use_one_reply_per_question():
     # K = 1: SE^2 = m (1 - m) / (N - 1), so n_eff = N - 1; never more than the number of replies.
-    assert stats.effective_n([1, 0, 0, 1, 1]) == pytest.approx(4)
-    assert stats.effective_n([[1, 0], [0, 1], [1, 0], [1, 1]]) <= 8
+    assert stats.effective_n(np.array([1.0, 0, 0, 1, 1]), 5) == pytest.approx(4)
+    assert stats.effective_n(np.array([0.5, 0.5, 0.5, 0.6]), 8) == 8
 
 
 @pytest.mark.parametrize(("score", "edge"), [(0.0, "low"), (1.0, "high")])

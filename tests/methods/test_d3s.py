@@ -9,6 +9,7 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.spy import spied
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext.methods.grpo.d3s import D3S, linear, max_variance_subset, select_rollouts, select_tokens
 from trl_ext.plan import PlanError
@@ -147,19 +148,6 @@ def train(tmp_path, methods, cls=trl_ext.GRPOTrainer, config=trl_ext.GRPOConfig,
     trainer = cls(tiny_path(), letters_reward, config(**grpo_args(str(tmp_path), **kwargs), **extra), prompts())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def spied(monkeypatch):
-    seen = []
-    original = trl_ext.GRPOTrainer._loss_input
-
-    def spy(self, inputs, forward, features):
-        forward[0].retain_grad()
-        seen.append(original(self, inputs, forward, features))
-        return seen[-1]
-
-    monkeypatch.setattr(trl_ext.GRPOTrainer, "_loss_input", spy)
-    return seen
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import trl_ext
+from tests.methods.spy import spied
 from tests.tiny import annotate_first, assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext import ops
 from trl_ext.forward import Head, per_position
@@ -139,23 +140,6 @@ def make(tmp_path, methods, reward=half_right, lora=False, **kwargs):
     args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path), loss_type="grpo", **kwargs), methods=methods)
     peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None
     return trl_ext.GRPOTrainer(tiny_path(), reward, args, prompts(), peft_config=peft_config)
-
-
-def spied(monkeypatch):
-    """Keeps the loss input of every micro-batch; its log-probs keep their gradient."""
-    seen = []
-    original = trl_ext.GRPOTrainer._loss_input
-
-    def spy(self, inputs, forward, features):
-        forward[0].retain_grad()
-        if features is not None:
-            features.hidden.retain_grad()
-        x = original(self, inputs, forward, features)
-        seen.append(x)
-        return x
-
-    monkeypatch.setattr(trl_ext.GRPOTrainer, "_loss_input", spy)
-    return seen
 
 
 def test_span_tokens_have_no_policy_gradient_at_full_weight(tmp_path, monkeypatch):

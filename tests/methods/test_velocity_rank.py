@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 import trl_ext
+from tests.methods.spy import spied
 from tests.parity.test_grpo import assert_same
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext.data import load_data
@@ -193,19 +194,9 @@ def train(tmp_path, methods, *rest, **kwargs):
     return trainer
 
 
-@pytest.fixture
-def spied(monkeypatch):
-    """Every micro-batch's loss input; its log-probs keep their gradient."""
-    seen = []
-    original = trl_ext.GRPOTrainer._loss_input
-
-    def spy(self, inputs, forward, features):
-        forward[0].retain_grad()
-        seen.append(original(self, inputs, forward, features))
-        return seen[-1]
-
-    monkeypatch.setattr(trl_ext.GRPOTrainer, "_loss_input", spy)
-    return seen
+@pytest.fixture(name="spied")
+def _spied(monkeypatch):
+    return spied(monkeypatch)
 
 
 @pytest.mark.parametrize("settings", [{"weight": 0}, SETTINGS | {"kappa": math.inf}], ids=str)

@@ -219,3 +219,11 @@ def test_impossible_tasks():
         run(make_task(metrics={"right": Metric("", higher_is_better=False), "valid": Metric("")}))
     with pytest.raises(ValueError, match="no replies of tuned"):
         analyse(make_task(), make_items(4), {"base": replies(BASE)}, SUBJECTS, SAMPLING)
+
+
+def test_reliability_is_told_from_eight_replies_on():
+    """4 of 8 right: 4 drawn hold at least 2 right in 1 - (C(4,0) C(4,4) + C(4,1) C(4,3)) / C(8,4) = 53/70; all right: 1."""
+    rows = [[1.0] * 4 + [0.0] * 4, [1.0] * 8]
+    found = run(make_task(), make_items(2), replies(rows), replies(rows))
+    share = (53 / 70 + 1) / 2
+    assert f"G-Pass@4, at least half of 4 replies right: base {share:.1%}, tuned {share:.1%}." in found.notes

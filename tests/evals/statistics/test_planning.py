@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from evals.statistics.planning import Variances, assumed_variances, detectable, pilot_variances, plan_effect
+from evals.statistics.planning import Variances, assumed_variances, detectable, plan_effect, variances_of_means
 
 FACTOR = 2.8015852  # z_0.975 + z_0.8
 
@@ -43,7 +43,8 @@ def test_pilot_finds_the_variances_it_was_drawn_from():
     rng, n, k = np.random.default_rng(0), 4_000, 4
     p = rng.uniform(0.2, 0.6, (n, 1))
     q = p + rng.uniform(-0.1, 0.3, (n, 1))  # variance of the true difference 0.4^2 / 12
-    found = pilot_variances(rng.random((n, k)) < p, rng.random((n, k)) < q)
+    before, after = ((rng.random((n, k)) < x).mean(1) for x in (p, q))
+    found = variances_of_means(before, after, k)
     assert found.between == pytest.approx(0.16 / 12, abs=0.006)
     assert found.within == pytest.approx(float((p * (1 - p) + q * (1 - q)).mean()), abs=0.01)
 
@@ -58,8 +59,8 @@ def test_assumption_from_an_accuracy():
 
 
 def test_bad_plans():
-    with pytest.raises(ValueError, match="2 replies"):
-        pilot_variances([[1], [0]], [[1], [1]])
+    with pytest.raises(ValueError, match="one reply to each question"):
+        variances_of_means([1, 0], [1, 1], 1)
     with pytest.raises(ValueError, match="accuracy"):
         assumed_variances(1.0)
     with pytest.raises(ValueError, match="effect above 0"):

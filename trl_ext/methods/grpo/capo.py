@@ -52,7 +52,7 @@ def top_k_view(head: Head, hidden: Tensor, sampled: Tensor, k: int, budget: int 
     """
     vocabulary = head.weight.size(0)
     blocks = hidden.split(max(1, budget // vocabulary))
-    parts = [head.log_probs(block).topk(min(k, vocabulary), dim=-1) for block in blocks]
+    parts = [head.logits(block).topk(min(k, vocabulary), dim=-1) for block in blocks]
     ids = torch.cat([part.indices for part in parts])
     probs = torch.cat([part.values for part in parts]).softmax(-1)
     return ids, probs, (ids == sampled.unsqueeze(1)).to(probs.dtype) - probs
@@ -196,13 +196,13 @@ class Capo(Method):
     tau_fisher: float | None = param(
         None,
         "tau_F, bound on m_F; none takes the preset's (1e-4, 1e-3, 1e-5), 0 switches the test off",
-        source="card: fisher_token_mask_tau",
+        source="card: official code, fisher_token_mask_tau",
         ge=0,
     )
     tau_hessian: float | None = param(
         None,
         "tau_H, bound on m_H; none takes the preset's (1e-2, 5e-4, 1e-1), 0 switches the test off",
-        source="card: hessian_token_mask_tau",
+        source="card: official code, hessian_token_mask_tau",
         ge=0,
     )
     symmetric: bool = param(
@@ -211,11 +211,11 @@ class Capo(Method):
     optim_model: str = param(
         "adam",
         "model of the optimizer: adam with moments per LM-head row, or sgd",
-        source="card: optim_model_type",
+        source="card: official code, optim_model_type",
         choices=("adam", "sgd"),
     )
     top_k: int = param(
-        50, "K, logits in a token's model, at most V", source="card: 50; with no sampler's top-k a decision", ge=1
+        50, "K, logits in a token's model, at most V", source="card: decision, 50 where the sampler has no top-k", ge=1
     )
 
     # What it declares

@@ -124,7 +124,10 @@ class D3S(Method):
         choices=("cross", "intra", "intra+cross"),
     )
     group_keep: int | None = param(
-        None, "n_q, rollouts kept in each group; none with intra: the scheduled share of G", source="card: off", ge=1
+        None,
+        "n_q, rollouts kept in each group; none with intra: the scheduled share of G",
+        source="card: a choice, off",
+        ge=1,
     )
     normalizer: str = param(
         "kept",

@@ -83,7 +83,9 @@ class Dcpo(Method):
         source="card: official code; first_batch is the card's option",
         choices=("zero", "first_batch"),
     )
-    rho_cap: float | None = param(None, "largest rho; none does not clip", source="card: none by default", gt=0)
+    rho_cap: float | None = param(
+        None, "largest rho; none does not clip", source="card: decision, none by default", gt=0
+    )
 
     # What it declares
 

@@ -29,7 +29,7 @@ from trl_ext.method import HIDDEN, POLICY, REFERENCE, LossInput, Method, Rollout
 
 def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
     """(N, V) twice -> (N,) squared Hellinger distance 1 - sum_v sqrt(p q): symmetric, 0 for p = q, 1 if disjoint."""
-    overlap = torch.logsumexp(0.5 * (log_p + log_q), dim=-1).exp()
+    overlap = torch.logsumexp(torch.add(log_p, log_q).mul_(0.5), dim=-1).exp()  # one buffer of (N, V), not two
     return (1 - overlap).clamp(0.0, 1.0)  # rounding leaves [0, 1] by 1e-7
 
 

@@ -132,10 +132,16 @@ class VelocityRank(Method):
         le=1,
     )
     gain: float = param(2.0, "c, slope of the mix in ERA", source="card: modulation_gain of the released script", ge=0)
-    weight: float = param(1.0, "w, factor of the bonus", source="card: aux_reward_global_weight", ge=0)
-    kappa: float = param(2.0, "the bonus is at most |A| / kappa", source="card: adv_shaping_kappa", gt=1)
-    clamp: float = param(5.0, "bound of the relative deviations", source="card: clamp", gt=0)
-    max_prefix_tokens: int = param(512, "prefixes use the last tokens only, this many", source="card: 512", ge=2)
+    weight: float = param(
+        1.0, "w, factor of the bonus", source="card: released script, aux_reward_global_weight", ge=0
+    )
+    kappa: float = param(
+        2.0, "the bonus is at most |A| / kappa", source="card: released script, adv_shaping_kappa", gt=1
+    )
+    clamp: float = param(5.0, "bound of the relative deviations", source="card: official code", gt=0)
+    max_prefix_tokens: int = param(
+        512, "prefixes use the last tokens only, this many", source="card: official code", ge=2
+    )
     adaptive_weight: bool = param(
         False,
         "w (1 - (score + 1) / 2) instead of w; score is the running average of the mean reward, kept in [-1, 1]",
