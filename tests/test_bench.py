@@ -106,14 +106,17 @@ def test_fixed_rollout_routes_the_share_that_is_named(result):
     assert floors["no method"] == 1.0 < floors["trace, 25% of rows"] < floors["trace, 100% of rows"]
 
 
-def test_naive_trace_is_the_same_loss(tmp_path):
-    """The naive version differs in cost alone: after two steps the weights agree."""
+TRACE = {"action": "both", "annotator": steps.FLAGGED, "clip_mode": "none", "top_k": None}
+
+
+@pytest.mark.parametrize(("name", "options"), [("trace", TRACE), ("dgpo", {"tau": 0.05})])
+def test_a_naive_version_is_the_same_loss(tmp_path, name, options):
+    """It differs in cost alone: after `train`'s step and two more the weights agree."""
     model, found = steps.build_model(overhead.TINY), []
-    options = {"action": "both", "annotator": steps.FLAGGED, "clip_mode": "none", "top_k": None}
-    with known(steps.NaiveTrace):
-        for name in ("trace", "naive_trace"):
-            variant = Variant(name, {name: options})
+    with known(steps.NaiveTrace, steps.NaiveDgpo):
+        for variant in (Variant(n, {n: options}) for n in (name, f"naive_{name}")):
             bench = Bench(variant, overhead.TINY, copy.deepcopy(model), str(tmp_path), learning_rate=1e-2)
+            bench.step()
             bench.step()
             found.append(weights(bench.trainer))
     for name, value in found[0].items():

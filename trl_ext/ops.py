@@ -10,11 +10,6 @@ TOKEN_MEAN = ("dapo", "cispo", "vespo")
 LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """sum(values * mask) / max(sum(mask), 1): scalar. An empty mask gives 0."""
-    return (values * mask).sum() / mask.sum().clamp(min=1.0)
-
-
 def aggregate(
     per_token: Tensor,
     mask: Tensor,

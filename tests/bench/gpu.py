@@ -65,7 +65,7 @@ def precision(kind: str) -> dict[str, Any]:
 def run_kind(kind: str, shape: Shape, model: str, rounds: int) -> list[dict[str, Any]]:
     """All variants in one precision."""
     say(f"{kind} LoRA: {shape}")
-    with tempfile.TemporaryDirectory() as folder, steps.known(steps.NaiveTrace):
+    with tempfile.TemporaryDirectory() as folder, steps.known(steps.NaiveTrace, steps.NaiveDgpo):
 
         def build(variant: Variant) -> Bench:
             return Bench(variant, shape, model, folder, peft=LoraConfig(**LORA), **precision(kind))

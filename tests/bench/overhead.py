@@ -78,7 +78,7 @@ def measure(variants: Sequence[Variant], build: Build, rounds: int, passes: Pass
 def run_shape(shape: Shape, variants: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
     """Full training of a random model of this shape on the CPU."""
     model = steps.build_model(shape)
-    with tempfile.TemporaryDirectory() as folder, steps.known(steps.NaiveTrace):
+    with tempfile.TemporaryDirectory() as folder, steps.known(steps.NaiveTrace, steps.NaiveDgpo):
         return measure(variants, lambda v: Bench(v, shape, copy.deepcopy(model), folder), rounds, Passes())
 
 

@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen3Config, 
 import trl_ext
 from tests.bench.flops import Extra, Passes, Shape, extra_share, floor_ratio
 from trl_ext.annotate import Request, Span
-from trl_ext.method import TEACHER, LossInput, Method
+from trl_ext.method import REFERENCE, TEACHER, LossInput, Method
 from trl_ext.methods import METHODS
+from trl_ext.methods.grpo.dgpo import Dgpo, hellinger
 from trl_ext.methods.grpo.trace import Trace, routed_kl
 from trl_ext.plan import PlanError, make_plan
 from trl_ext.sandbox.model import sandbox_tokenizer
@@ -73,6 +74,19 @@ class NaiveTrace(Trace):
         return self._lambda(x.step) * x.aggregate(per_token)
 
 
+@dataclass(frozen=True)
+class NaiveDgpo(Dgpo):
+    """DGPO that builds both (B, T, V) distributions at once, as a plain implementation would."""
+
+    name = "naive_dgpo"
+
+    def _distance(self, x: LossInput) -> Tensor:
+        assert x.policy is not None
+        every = torch.ones_like(x.mask, dtype=torch.bool)
+        log_p, log_q = x.policy.log_probs_at(every).detach(), x.other(REFERENCE).log_probs_at(every)
+        return hellinger(log_p, log_q).view(x.mask.shape) * x.mask
+
+
 @contextlib.contextmanager
 def known(*classes: type[Method]) -> Iterator[None]:
     """The bench's own methods are in the table inside the block."""
@@ -85,6 +99,7 @@ def known(*classes: type[Method]) -> Iterator[None]:
 
 
 EXTRAS: Mapping[str, Extra] = {
+    "naive_dgpo": Extra(forwards=1, heads=2),
     "dgpo": Extra(forwards=1, heads=2),  # the reference's forward; policy and reference are projected
     "pgpo": Extra(forwards=1, heads=1),  # the forward with the evidence hidden
     "dcpo": Extra(heads=0.5),  # one projection, of the completions with a positive reward: half of them here
@@ -93,11 +108,14 @@ EXTRAS: Mapping[str, Extra] = {
 """What each method cannot do without. Those that are not here read what TRL's step computes anyway."""
 
 
+NAIVE = (NaiveTrace.name, NaiveDgpo.name)
+
+
 def variants(naive: bool = True) -> list[Variant]:
     """Stock TRL twice (the difference is noise), no method, each method, all that compose, and the naive TRACE."""
     trace = {"trace": {"action": "both", "annotator": FLAGGED, "clip_mode": "none"}}
     found = [Variant("trl", None), Variant("trl again", None), Variant("no method", {})]
-    for name in (name for name, cls in METHODS.items() if cls.trainer == "grpo" and name != NaiveTrace.name):
+    for name in (name for name, cls in METHODS.items() if cls.trainer == "grpo" and name not in NAIVE):
         if name != "trace":
             found.append(Variant(name, {name: OWN.get(name, {})}))
             continue
@@ -106,6 +124,7 @@ def variants(naive: bool = True) -> list[Variant]:
     found.append(Variant("all that compose, 25% of rows", composable(OWN | trace)))
     if naive:
         found.append(Variant("trace, 25% of rows, naive", {NaiveTrace.name: trace["trace"]}))
+        found.append(Variant("dgpo, naive", {NaiveDgpo.name: {}}))
     return found
 
 
@@ -115,7 +134,7 @@ def composable(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, cls in METHODS.items():
         wanted = chosen | {name: settings.get(name, {})}
         try:
-            if cls.trainer == "grpo" and name != NaiveTrace.name:
+            if cls.trainer == "grpo" and name not in NAIVE:
                 make_plan(wanted)
                 chosen = wanted
         except PlanError:  # this is the question that the plan is asked
