@@ -229,7 +229,7 @@ def test_recipe_changes_are_what_the_methods_own_recipe_changes_beside_the_metho
         ("below", -0.3, -0.1, 0.0, "confirmed"),
         ("below", 0.1, 0.3, 0.0, "contradicted"),
         ("above", 0.1, 0.3, 0.2, "not seen"),
-        ("not below", -0.1, 0.3, 0.0, "confirmed"),
+        ("not below", -0.1, 0.3, 0.0, "no loss seen"),
         ("not below", -0.3, -0.1, 0.0, "contradicted"),
         ("above", None, None, 0.0, "one seed only"),
     ],

@@ -31,6 +31,7 @@ quiet()
 from tests.bench import claims, learning_report, plots  # noqa: E402 - after the environment is set
 from tests.bench.learning_report import BASELINE, Run  # noqa: E402
 from tests.bench.learning_run import RECIPE, RunSettings  # noqa: E402
+from trl_ext.methods import METHODS  # noqa: E402
 from trl_ext.recipe import load_recipe  # noqa: E402
 from trl_ext.sandbox import ensure_model  # noqa: E402
 
@@ -163,14 +164,14 @@ def bench(
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--methods", default="trace", help="arms, joined by commas: trace,high_entropy,trace+high_entropy"
+        "--methods",
+        default="trace",
+        help="arms, joined by commas: trace,high_entropy,trace+high_entropy; all: each alone",
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
-    parser.add_argument(
-        "--ablations", action="store_true", help="also the cards' controls: all and random spans, lowest"
-    )
+    parser.add_argument("--ablations", action="store_true", help="also the cards' controls (`ABLATIONS`)")
     parser.add_argument("--settings", type=json.loads, default={}, help='JSON, e.g. {"trace": {"action": "both"}}')
     parser.add_argument(
         "--overrides", type=shlex.split, default=[], help="changes of the recipe for all arms: '--learning_rate 3e-4'"
@@ -179,6 +180,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds of four steps: does it work at all?")
     parser.add_argument("--out", type=Path, help="folder (default tests/bench/results; a temporary one if quick)")
     args = parser.parse_args(words)
+    if args.methods != "all":
+        return _one(args)
+    for name, cls in METHODS.items():
+        if cls.trainer == "grpo":
+            _one(argparse.Namespace(**{**vars(args), "methods": name}))
+
+
+def _one(args: argparse.Namespace) -> None:
+    """One bench, as the command line asks for it."""
     chosen = arms(args.methods.split(","), args.ablations, args.settings)
     sizes: dict[str, Any] = {"steps": args.steps, "eval_every": max(1, args.steps // 5), "eval_rows": 400}
     sizes["overrides"] = (*recipe_changes(args.methods.split(",")), *args.overrides)
