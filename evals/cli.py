@@ -69,7 +69,7 @@ def _add_subjects(parser: argparse.ArgumentParser) -> None:
 
 def _add_questions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is asked")
-    _flag(group, "--tasks", help="names or groups, by comma; `trl-ext eval --tasks help` lists them")
+    _flag(group, "--tasks", action="append", help="names or groups, by comma; `trl-ext eval --tasks help` lists them")
     _flag(group, "--targets", help="the tasks that training aimed at; the others guard against forgetting")
     _flag(group, "--limit", type=int, help="questions of each task (the first ones)")
     _flag(group, "--data", help="folder with data sets as on the Hub, for machines without network")
@@ -135,11 +135,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    if args.tasks == "help":
+    if args.tasks == ["help"]:
         print(_task_list())
         return 0
     from evals.run import Evaluation, processes, ready_tasks
+    from evals.settings import SettingsError
 
+    if args.pilot and args.min_effect is None:
+        raise SettingsError("--pilot is for --min-effect")
     plan = plan_of(args)
     settings = settings_of(args, plan.sandbox)
     ready, skipped = ready_tasks(settings)
@@ -175,6 +178,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     parts = args.model or args.adapter or args.candidate
     if args.runs and parts:
         raise ModelError("name runs, or --model, --adapter and --candidate, not both: a run knows its base")
+    if args.checkpoints and parts:
+        raise ModelError("--checkpoints is for runs: an adapter or a model has none")
     folders = [Path(run) for run in args.runs]
     if not folders and not parts and (newest := newest_run()) is not None:
         print(f"Evaluating the newest run, {newest}")
@@ -201,7 +206,7 @@ def settings_of(args: argparse.Namespace, sandbox: bool) -> Settings:
     targets = _names(args.targets)
     same = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "limit", "data", "batch_size")
     return Settings(
-        tasks=tuple(_tasks(_names(args.tasks) or ["offline" if sandbox else "real"])),
+        tasks=tuple(_tasks(_names(",".join(args.tasks or ())) or ["offline" if sandbox else "real"])),
         preset=args.preset or ("offline" if sandbox else "quick"),
         missing="fail" if args.strict else args.missing,
         targets=tuple(task.name for task in _tasks(targets)),
@@ -262,12 +267,15 @@ def progress(show: bool) -> Iterator[Callable[[int, int], None]]:
 
 def write_report(folder: str, session: Any, tokenizer: Any = None, template_settings: Any = None) -> Result:
     """Grades the session, writes its files into `folder` and prints the verdict."""
-    from evals.report.files import write
+    from evals.report.files import publishable_results, write, write_whole
     from evals.report.text import text
     from evals.score import score
 
     scored = score(session, tokenizer, template_settings)
     files = write(folder, scored.result, scored.lm_eval[session.subjects[-1].name])
+    for number, name in enumerate(scored.lm_eval):
+        content = json.dumps(publishable_results(scored.lm_eval[name], scored.result), indent=1)
+        write_whole(Path(folder) / "lm_eval" / f"{number}.json", content.encode())
     print(text(scored.result))
     print(f"\nPage: {files.page}   numbers: {files.results}   model card: {files.card}")
     return scored.result
@@ -290,7 +298,10 @@ def gate(found: Sequence[str], fail_if: Sequence[str]) -> int:
 def _compare(args: argparse.Namespace) -> int:
     if Path(args.before).is_dir() and (Path(args.before) / "session.json").exists():
         from evals.merge import compare_reports
+        from evals.settings import SettingsError
 
+        if args.metric or args.filter:
+            raise SettingsError("--metric and --filter are for sample files; a report compares all its metrics")
         session = compare_reports(args.before, args.after, args.allow_mismatch)
         folder = new_folder(str(Path("evals_out") / f"{Path(args.before).name}-against-{Path(args.after).name}"))
         session.save(folder)

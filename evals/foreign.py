@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from evals.analysis.task import oriented
 from evals.compare import Mismatch
 from evals.imports import ForeignRun, ImportProblem, read_runs
 from evals.result import Paired
 from evals.statistics.multiple import holm
 from evals.stats import ALPHA, Scores, compare, fixed_interval
+from evals.task import Metric
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,16 @@ def compare_files(
     adjusted = holm([found.p for found in comparisons])
     made = []
     for task, table, comparison, p in zip(shared, tables, comparisons, adjusted, strict=True):
-        verdict = comparison.verdict if p < ALPHA else "no evidence"
+        reading = Metric("", higher_is_better=_higher(first[task]))
+        verdict = oriented(comparison, reading) if p < ALPHA else "no evidence"
         paired = Paired(comparison, verdict, p, fixed_interval(*table))
         made.append(_made(first[task], second[task], paired, tuple(mismatches[task])))
     return made
+
+
+def _higher(run: ForeignRun) -> bool:
+    """As lm-eval's results file says; better when higher where there is none."""
+    return bool((run.settings.get("higher_is_better") or {}).get(run.metric, True))
 
 
 def _mismatches(a: ForeignRun, b: ForeignRun) -> list[str]:

@@ -173,6 +173,7 @@ def _settings(path: Path, task: str, time: str) -> dict[str, Any]:
         "shots": found.get("n-shot", {}).get(task),
         "generation_kwargs": config.get("generation_kwargs"),
         "repeats": config.get("repeats"),
+        "higher_is_better": found.get("higher_is_better", {}).get(task, {}),
         "chat_template_sha": found.get("chat_template_sha"),
         "system_instruction_sha": found.get("system_instruction_sha"),
     }

@@ -8,13 +8,16 @@ from typing import Any
 
 from evals.compare import require_comparable
 from evals.generation.store import StoreError
+from evals.graders.math import GRADER_VERSION
+from evals.runs import distinct
 from evals.session import Asked, Session, load_session
 
 
 def compare_reports(before: str | Path, after: str | Path, allow_mismatch: bool = False) -> Session:
     """A session whose base is the last subject of `before` and whose candidate is the last one of `after`.
 
-    Raises Mismatch when anything but the model differs (unless `allow_mismatch`, which is noted), StoreError when they
+    Each side keeps its own prompts and number of samples; questions are those that both answered. With
+    `allow_mismatch` what differs is noted. Raises Mismatch when anything but the model differs, StoreError when they
     share no task or keep their replies in different places.
     """
     first, second = load_session(before), load_session(after)
@@ -24,17 +27,38 @@ def compare_reports(before: str | Path, after: str | Path, allow_mismatch: bool 
     pairs = [(asked, others[asked.task]) for asked in first.tasks if asked.task in others]
     if not pairs:
         raise StoreError(f"{before} and {after} share no task")
-    mismatches = [reason for pair in pairs for reason in _mismatches(*pair, allow_mismatch)]
-    base = dataclasses.replace(first.subjects[-1], name=f"{Path(before).name}: {first.subjects[-1].name}")
-    candidate = dataclasses.replace(second.subjects[-1], name=f"{Path(after).name}: {second.subjects[-1].name}")
+    notes = [
+        f"compared although they differ: {reason}" for pair in pairs for reason in _mismatches(*pair, allow_mismatch)
+    ]
+    alone = sorted({asked.task for asked in (*first.tasks, *second.tasks)} - {asked.task for asked, _ in pairs})
+    notes += [f"left out, since only one of the reports has them: {', '.join(alone)}"] if alone else []
+    names = [f"{Path(p).name}: {s.subjects[-1].name}" for p, s in ((before, first), (after, second))]
+    subjects = zip(distinct(names, ()), (first, second), strict=True)
     return Session(
-        (base, candidate),
-        tuple(dataclasses.replace(a, abouts=(a.abouts[-1], b.abouts[-1]), control=None) for a, b in pairs),
+        tuple(dataclasses.replace(s.subjects[-1], name=name) for name, s in subjects),
+        tuple(_merged(*pair) for pair in pairs),
         first.store,
         second.environment,
-        first.skipped,
+        targets=tuple(t for t in second.targets if t not in alone),
         repeats=False,
-        notes=tuple(f"compared although they differ: {reason}" for reason in mismatches),
+        looks=second.looks,
+        notes=tuple(notes),
+    )
+
+
+def _merged(a: Asked, b: Asked) -> Asked:
+    shared = [item for item in a.prompts if item in b.prompts]
+    if len(shared) < 2:
+        raise StoreError(f"{a.task}: the two reports share {len(shared)} questions; at least 2 are needed")
+    samples = min(a.sampling.samples, b.sampling.samples)
+    return dataclasses.replace(
+        a,
+        sampling=dataclasses.replace(a.sampling, samples=samples),
+        prompts={item: a.prompts[item] for item in shared},
+        candidate_prompts={item: b.prompts[item] for item in shared},
+        abouts=(a.abouts[-1], b.abouts[-1]),
+        control=None,
+        controlled=(),
     )
 
 
@@ -44,4 +68,9 @@ def _mismatches(a: Asked, b: Asked, allow: bool) -> list[str]:
 
 def _described(asked: Asked) -> dict[str, Any]:
     sampling = dataclasses.asdict(asked.sampling)
-    return {**asked.abouts[-1], "sampling": sampling, "data_fingerprint": asked.fingerprint}
+    return {
+        **asked.abouts[-1],
+        "sampling": sampling,
+        "data_fingerprint": asked.fingerprint,
+        "grader_version": GRADER_VERSION,
+    }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evals.generation.hf import HFGenerator, left_padded
+from evals.generation.hf import HFGenerator, end_ids, left_padded
 from evals.generation.store import digest, text_hash
 from trl_ext.quantized import keep_trainable
 
@@ -101,6 +101,11 @@ class Loaded:
         return Activity(float((changed - base).abs().max()), float((new.exp() * (new - old)).sum(-1).mean()))
 
     @property
+    def ends(self) -> list[int]:
+        """The tokens that end a reply."""
+        return end_ids(self.model, self.tokenizer)
+
+    @property
     def dtype(self) -> str:
         """Precision of the weights that compute."""
         return str(self.model.dtype).removeprefix("torch.")
@@ -161,6 +166,12 @@ def load_tokenizer(name: str, spec: BaseSpec) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does to a text: its serialised form, or its vocabulary where it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return text_hash(backend.to_str()) if backend is not None else digest(sorted(tokenizer.get_vocab().items()))
 
 
 def own_template(folder: Path) -> str | None:

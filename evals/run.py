@@ -7,7 +7,7 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,21 +18,24 @@ from accelerate import PartialState
 from evals import environment, models
 from evals.data.build import fingerprint
 from evals.generation.collect import Prompts, collect, fitted, prompts_of
-from evals.generation.hf import Generator, end_ids
+from evals.generation.hf import Generator
 from evals.generation.noise import SCHEME
 from evals.generation.store import Store, digest, text_hash
 from evals.result import Skipped, Subject
 from evals.runs import Plan
 from evals.session import Asked, Session
-from evals.settings import Settings, sampling_for
+from evals.settings import Settings, SettingsError, sampling_for
 from evals.task import DataError, Item, Sampling, Source, Task
 from evals.tasks import TASKS
 from evals.training_data import overlaps
+from trl_ext.rewards import make_reward
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "math-verify", "jsonschema-rs", "trl_ext")
 
 
 BASE = "base"
+OPEN_THOUGHT = "<think>"
+"""Some chat templates open the thought in the prompt: a reply that ends before it closes has no answer."""
 
 
 def processes() -> PartialState:
@@ -48,6 +51,9 @@ class Engine(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def ends(self) -> list[int]: ...
 
     def answering(
         self, adapter: models.Adapter | None, batch_size: int, constraint: Any = None
@@ -80,11 +86,35 @@ class Ready:
     notes: list[str] = field(default_factory=list)
 
 
+def check_settings(settings: Settings) -> None:
+    """What would otherwise be found out after hours of generation. Raises SettingsError with all problems."""
+    names = {task.name for task in settings.tasks}
+    problems = [
+        f"--targets {t} is not among the tasks {', '.join(sorted(names))}" for t in settings.targets if t not in names
+    ]
+    if settings.batch_size < 1:
+        problems.append(f"--batch-size {settings.batch_size} must be at least 1")
+    if settings.limit is not None and settings.limit < 2:
+        problems.append(f"--limit {settings.limit}: an interval needs at least 2 questions")
+    if settings.control and not any(task.schema for task in settings.tasks):
+        problems.append("--control is for structured tasks, and none of these is one")
+    if settings.control and settings.backend != "hf":
+        problems.append("--control runs on transformers: --backend hf")
+    if settings.judge is not None:
+        try:
+            make_reward(settings.judge)
+        except ValueError as error:
+            problems.append(f"--judge: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+
+
 def ready_tasks(settings: Settings) -> tuple[list[Ready], list[Skipped]]:
     """The tasks with their items; those whose data cannot be had are skipped, replaced or refused as `missing` says.
 
     Raises DataError when no task is left, with what to do for each, and ValueError for sampling that makes no sense.
     """
+    check_settings(settings)
     found: list[Ready] = []
     skipped: list[Skipped] = []
     for task in settings.tasks:
@@ -108,6 +138,8 @@ def ready_tasks(settings: Settings) -> tuple[list[Ready], list[Skipped]]:
 def _ready(task: Task, settings: Settings, notes: Sequence[str] = ()) -> Ready:
     source = Source(settings.folder_for(task), settings.limit_for(task), settings.seed)
     items = task.load(source)
+    if len({item.question for item in items}) < 2:
+        raise DataError(f"{task.name} has fewer than 2 questions here, too few for an interval")
     return Ready(task, items, source, fingerprint(items), sampling_for(task, settings), list(notes))
 
 
@@ -123,6 +155,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     abouts: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
     controls: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    constraints: dict[str, Any] = field(default_factory=dict)
 
     def go(self) -> Session:
         """Asks every subject every task. Raises ModelError, DataError, StoreError or ValueError."""
@@ -131,18 +164,25 @@ class Evaluation:
         self._note_templates()
         self.prompts = self._fitting_prompts()
         self._note_overlaps()
+        self._prepare_control()
         with one_thread(self.plan.sandbox):
-            subjects = [self._ask_all(*asked) for asked in self._subjects()]
+            subjects = self._ask_base_and_adapters()
+            for name, spec in self.plan.others:
+                gc.collect()
+                torch.cuda.empty_cache()
+                subjects.append(self._ask_whole(name, spec, subjects[0].dtype))
         tasks = tuple(
             Asked(
-                r.task.name,
-                r.source,
-                r.fingerprint,
-                r.sampling,
-                {item: text_hash(text) for item, text in self.prompts[r.task.name].texts.items()},
-                tuple(self.abouts[r.task.name]),
-                self.controls.get(r.task.name),
-                tuple(r.notes),
+                task=r.task.name,
+                source=r.source,
+                fingerprint=r.fingerprint,
+                sampling=r.sampling,
+                prompts={item: text_hash(text) for item, text in self.prompts[r.task.name].texts.items()},
+                thinking=any(t.rstrip().endswith(OPEN_THOUGHT) for t in self.prompts[r.task.name].texts.values()),
+                abouts=tuple(self.abouts[r.task.name]),
+                control=self.controls.get(r.task.name),
+                controlled=tuple(self.constraints[r.task.name].texts) if r.task.name in self.constraints else (),
+                notes=tuple(r.notes),
             )
             for r in self.ready
         )
@@ -172,7 +212,7 @@ class Evaluation:
             if template is not None and template != self.tokenizer.chat_template:
                 self.notes.append(
                     f"{adapter.name} was saved with another chat template than the one used here for all subjects; "
-                    f"to use its own: --tokenizer {adapter.folder.name}"
+                    "to use its own, name the adapter's folder with --tokenizer"
                 )
 
     def _note_overlaps(self) -> None:
@@ -207,20 +247,24 @@ class Evaluation:
         self.ready = fitting
         return found
 
-    def _subjects(self) -> Iterator[tuple[Subject, Engine, models.Adapter | None]]:
-        """The base and its adapters on one loaded model, then whole models, one in memory at a time."""
-        plan = self.plan
-        loaded = self._load(plan.base, plan.adapters)
-        for adapter in plan.adapters:
+    def _ask_base_and_adapters(self) -> list[Subject]:
+        """On one loaded model; what is loaded here is freed when this returns."""
+        loaded = self._load(self.plan.base, self.plan.adapters)
+        for adapter in self.plan.adapters:
             self._check_active(loaded, adapter)
-        yield self._subject(BASE, loaded, None), loaded, None
-        for adapter in plan.adapters:
-            yield self._subject(adapter.name, loaded, adapter), loaded, adapter
-        for name, spec in plan.others:
-            del loaded
-            gc.collect()
-            loaded = self._load(spec, ())
-            yield self._subject(name, loaded, None), loaded, None
+        return [self._ask_all(BASE, loaded, None), *(self._ask_all(a.name, loaded, a) for a in self.plan.adapters)]
+
+    def _ask_whole(self, name: str, spec: models.BaseSpec, dtype: str) -> Subject:
+        """A whole model. Raises ModelError when it reads other tokens, or computes in another precision, than the base."""
+        if models.load_tokenizer(spec.model, spec).get_vocab() != self.tokenizer.get_vocab():
+            raise models.ModelError(
+                f"{name} has another vocabulary than {self.plan.tokenizer}, so the two cannot get the same prompts here; "
+                "evaluate each with --model, and compare the two reports"
+            )
+        loaded = self._load(spec, ())
+        if loaded.dtype != dtype:
+            raise models.ModelError(f"{name} computes in {loaded.dtype}, the base in {dtype}: name one with --dtype")
+        return self._ask_all(name, loaded, None)
 
     def _load(self, spec: models.BaseSpec, adapters: Sequence[models.Adapter]) -> Engine:
         if self.settings.backend == "vllm":
@@ -238,6 +282,9 @@ class Evaluation:
                 f"the adapter {adapter.name} changes nothing: on {min(len(texts), models.PROBES)} prompts every logit is "
                 "the base's. It was not trained, not saved, or does not fit this base; --allow-inactive evaluates it."
             )
+        if found.largest == 0:
+            self.notes.append(f"{adapter.name} changes nothing: every logit of the probes is the base's.")
+            return
         self.notes.append(
             f"{adapter.name} is active: mean KL {found.kl:.3g} nats, largest logit change {found.largest:.3g}"
         )
@@ -252,30 +299,52 @@ class Evaluation:
         step = None if adapter is None else adapter.step
         return Subject(name, key, model_name(spec.model), folder, bits, loaded.dtype, step)
 
+    @property
+    def _scheme(self) -> str:
+        return SCHEME if self.settings.backend == "hf" else f"{self.settings.backend}-seeds"
+
     def _template(self) -> str:
         return models.template_hash(self.tokenizer, self.plan.template_settings)
 
-    def _ask_all(self, subject: Subject, loaded: Engine, adapter: models.Adapter | None) -> Subject:
+    def _ask_all(self, name: str, loaded: Engine, adapter: models.Adapter | None) -> Subject:
+        subject = self._subject(name, loaded, adapter)
         for ready in self.ready:
             store = self._store(ready, loaded, adapter, None)
             self.abouts.setdefault(ready.task.name, []).append(store.about)
             with loaded.answering(adapter, self.settings.batch_size) as generator:
                 self._ask(store, generator, ready)
-            if self.settings.control and subject.name == BASE and ready.task.schema is not None:
+            if name == BASE and ready.task.name in self.constraints:
                 self._ask_control(ready, loaded)
         return subject
+
+    def _prepare_control(self) -> None:
+        """Grammars for the structured tasks, before a model is loaded; items whose schema has none are left out."""
+        from evals.generation.control import Grammars
+
+        for ready in self.ready if self.settings.control else ():
+            if ready.task.schema is None:
+                continue
+            grammars = Grammars({item.id: ready.task.schema(item) for item in ready.items})
+            if len(grammars.texts) < 2:
+                ready.notes.append("No grammar control: llguidance cannot express these schemas.")
+                continue
+            if grammars.left_out:
+                ready.notes.append(
+                    f"The grammar control leaves out {len(grammars.left_out)} of {len(ready.items)} prompts, whose schemas "
+                    f"llguidance cannot express, for instance {grammars.left_out[0]}."
+                )
+            self.constraints[ready.task.name] = grammars
 
     def _ask_control(self, ready: Ready, loaded: Any) -> None:
         from evals.generation.control import NAME, SchemaControl
 
+        grammars = self.constraints[ready.task.name]
         width = loaded.model.get_output_embeddings().weight.shape[0]
-        assert ready.task.schema is not None
-        schemas = {item.id: ready.task.schema(item) for item in ready.items}
-        constraint = SchemaControl(self.tokenizer, width, end_ids(loaded.model, self.tokenizer), schemas)
+        constraint = SchemaControl(self.tokenizer, width, loaded.ends, grammars)
         store = self._store(ready, loaded, None, NAME)
         self.controls[ready.task.name] = store.about
         with loaded.answering(None, self.settings.batch_size, constraint) as generator:
-            self._ask(store, generator, ready)
+            self._ask(store, generator, ready, grammars.texts)
 
     def _store(self, ready: Ready, loaded: Engine, adapter: models.Adapter | None, control: str | None) -> Store:
         spec = loaded.spec
@@ -288,23 +357,25 @@ class Evaluation:
             "quantization": spec.quantization,
             "dtype": loaded.dtype,
             "template_hash": self._template(),
+            "tokenizer": models.tokenizer_hash(self.tokenizer),
+            "ends": loaded.ends,
             "sampling": sampling,
-            "seed_scheme": SCHEME if self.settings.backend == "hf" else f"{self.settings.backend}-seeds",
+            "seed_scheme": self._scheme,
             "control": control,
         }
         return Store(self.settings.store, about, self.state.process_index)
 
-    def _ask(self, store: Store, generator: Generator, ready: Ready) -> None:
-        prompts = self.prompts[ready.task.name].texts
+    def _ask(self, store: Store, generator: Generator, ready: Ready, only: Container[str] | None = None) -> None:
+        texts = self.prompts[ready.task.name].texts
+        prompts = texts if only is None else {item: text for item, text in texts.items() if item in only}
         processes = self.state if self.state.num_processes > 1 else None
         collect(store, generator, ready.task.name, prompts, ready.sampling, self._advance, processes)
 
     def _advance(self, count: int) -> None:
         subjects = 1 + len(self.plan.names)
-        total = sum(
-            len(r.items) * r.sampling.samples * (subjects + (self.settings.control and r.task.schema is not None))
-            for r in self.ready
-        )
+        total = sum(len(r.items) * r.sampling.samples * subjects for r in self.ready)
+        controls = {r.task.name: r.sampling.samples for r in self.ready}
+        total += sum(len(g.texts) * controls[name] for name, g in self.constraints.items())
         self.advance(count, total)
 
     def _environment(self) -> dict[str, Any]:
@@ -319,7 +390,7 @@ class Evaluation:
             "backend": self.settings.backend,
             "batch_size": self.settings.batch_size,
             "seed": self.settings.seed,
-            "seed_scheme": SCHEME,
+            "seed_scheme": self._scheme,
             "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,14 @@ def plan_runs(folders: Sequence[Path], checkpoints: bool, changes: Mapping[str, 
                 f"{folder} was trained from {spec}, {folders[0]} from {specs[0]}: compare runs of one base"
             )
     base = _with(specs[0], changes)
+    found = [output for folder in folders for output in _outputs(folder, checkpoints)]
     adapters: list[Adapter] = []
     others: list[tuple[str, BaseSpec]] = []
-    for folder in folders:
-        for name, path, step in _outputs(folder, checkpoints):
-            if (path / "adapter_config.json").exists():
-                adapters.append(Adapter(name, path, step))
-            else:
-                others.append((name, _with(base, {"model": str(path), "revision": None})))
+    for name, (_, path, step) in zip(distinct([name for name, _, _ in found]), found, strict=True):
+        if (path / "adapter_config.json").exists():
+            adapters.append(Adapter(name, path, step))
+        else:
+            others.append((name, _with(base, {"model": str(path), "revision": None})))
     settings = recipes[0].get("chat_template_kwargs") or {}
     return Plan(
         str(recipes[0]["model_name_or_path"]),
@@ -92,15 +92,27 @@ def plan_runs(folders: Sequence[Path], checkpoints: bool, changes: Mapping[str, 
 def plan_parts(
     model: str | None, adapters: Sequence[str], candidates: Sequence[str], changes: Mapping[str, Any]
 ) -> Plan:
-    """The plan for a base (None: the one that the first adapter names), adapters and whole models. Raises ModelError."""
+    """The plan for a base (None: the one that the first adapter names), adapters and whole models. Raises ModelError.
+
+    Adapters that are all folders of runs bring along how they were trained: precision, quantisation, template settings.
+    """
     folders = [adapter_folder(name) for name in adapters]
     if model is None and not folders:
         raise ModelError("name a run, --model or --adapter")
+    trained = [_recipe(folder) for folder in folders if is_run(folder)]
+    as_trained = bool(trained) and len(trained) == len(folders)
     name = model if model is not None else base_of(folders[0])
-    base = _with(BaseSpec(_path(name)), changes)
-    named = tuple(Adapter(n, f) for n, f in zip(_distinct([f.name for f in folders]), folders, strict=True))
-    others = tuple((Path(c).name, _with(base, {"model": _path(c), "revision": None})) for c in candidates)
-    return Plan(name, base, named, others, base.model, tuple(f for f in folders if is_run(f)), {})
+    base = replace(_base(trained[0]), model=_path(name)) if as_trained else BaseSpec(_path(name))
+    base = _with(base, changes)
+    names = distinct([*(Path(n).name for n in adapters), *(Path(c).name for c in candidates)])
+    named = tuple(Adapter(n, f) for n, f in zip(names, folders, strict=False))
+    others = tuple(
+        (n, _with(base, {"model": _path(c), "revision": None}))
+        for n, c in zip(names[len(folders) :], candidates, strict=True)
+    )
+    settings = (trained[0].get("chat_template_kwargs") or {}) if as_trained else {}
+    runs = tuple(folder for folder in folders if is_run(folder))
+    return Plan(name, base, named, others, base.model, runs, settings, _same(trained) if as_trained else True)
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
@@ -169,11 +181,14 @@ def _weights(folder: Path) -> bool:
     return any(folder.glob("adapter_model.*")) or any(folder.glob("*.safetensors"))
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """`names` with -2, -3, ... after those that occur again."""
-    seen: dict[str, int] = {}
-    found = []
+def distinct(names: Sequence[str], taken: Sequence[str] = ("base",)) -> list[str]:
+    """`names` with -2, -3, ... after those that are `taken` or occur again."""
+    used, found = set(taken), []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+        number, chosen = 1, name
+        while chosen in used:
+            number += 1
+            chosen = f"{name}-{number}"
+        used.add(chosen)
+        found.append(chosen)
     return found

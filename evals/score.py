@@ -10,7 +10,7 @@ import dataclasses
 import io
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from evals.analysis.tables import Graded
@@ -52,7 +52,10 @@ def score(session: Session, tokenizer: Any = None, settings: Any = None) -> Scor
     """
     answered = [_answered(session, asked, TASKS[asked.task]) for asked in session.tasks]
     results = tuple(_analysed(session, one) for one in answered)
-    lm_eval = {s.name: lm_eval_results(answered, s, tokenizer, settings) for s in session.subjects}
+    lm_eval = {
+        s.name: lm_eval_results(answered, s, tokenizer, settings, str(session.environment["backend"]))
+        for s in session.subjects
+    }
     result = finish_result(
         session.subjects,
         results,
@@ -68,27 +71,40 @@ def score(session: Session, tokenizer: Any = None, settings: Any = None) -> Scor
 
 def _answered(session: Session, asked: Asked, task: Task) -> Answered:
     items = task.load(asked.source)
-    if fingerprint(items) != asked.fingerprint:
+    if asked.candidate_prompts is None and fingerprint(items) != asked.fingerprint:
         raise StoreError(
             f"{task.name}: its questions are not those that were answered (the data or its loader changed since), so "
             "the old replies cannot be graded; evaluate again"
         )
-    abouts = zip(session.subjects, asked.abouts, strict=True)
-    replies = {subject.name: _replies(session.store, asked, about) for subject, about in abouts}
-    control = None if asked.control is None else _replies(session.store, asked, asked.control)
+    items = [item for item in items if item.id in asked.prompts]
+    names = [subject.name for subject in session.subjects]
+    if len(set(names)) < len(names):
+        raise StoreError(f"two subjects have one name: {', '.join(names)}")
+    replies = {}
+    for number, (name, about) in enumerate(zip(names, asked.abouts, strict=True)):
+        other = asked.candidate_prompts if number else None
+        own = asked if other is None else dataclasses.replace(asked, prompts=other)
+        replies[name] = _replies(session.store, own, about)
+    control = None if asked.control is None else _replies(session.store, asked, asked.control, asked.controlled)
     return Answered(task, asked, items, replies, control)
 
 
-def _replies(folder: str, asked: Asked, about: Mapping[str, Any]) -> dict[tuple[str, int], Reply]:
+def _replies(
+    folder: str, asked: Asked, about: Mapping[str, Any], only: Collection[str] | None = None
+) -> dict[tuple[str, int], Reply]:
     found = Store(folder, about).read()
-    wanted = [(item, sample) for item in asked.prompts for sample in range(asked.sampling.samples)]
+    items = asked.prompts if only is None else only
+    wanted = [(item, sample) for item in items for sample in range(asked.sampling.samples)]
     missing = [name for name in wanted if (*name, asked.prompts[name[0]]) not in found]
     if missing:
         raise StoreError(
             f"{asked.task}: {len(missing)} of {len(wanted)} replies are not in {folder}; evaluate again, which asks for "
             "the missing ones only"
         )
-    return {name: found[*name, asked.prompts[name[0]]] for name in wanted}
+    replies = {name: found[*name, asked.prompts[name[0]]] for name in wanted}
+    if asked.thinking:  # the prompt opened the thought, which the graders must see
+        replies = {name: dataclasses.replace(r, text=f"<think>{r.text}") for name, r in replies.items()}
+    return replies
 
 
 def graded(task: Task, items: Sequence[Item], replies: Replies, samples: int) -> dict[str, list[Graded]]:
@@ -112,8 +128,9 @@ def _analysed(session: Session, one: Answered) -> TaskResult:
     if one.control is None:
         return found
     base, control = session.subjects[0], dataclasses.replace(session.subjects[0], name="grammar control")
-    pair = {base.name: tables[base.name], control.name: graded(one.task, one.items, one.control, samples)}
-    beside = analyse(one.task, one.items, pair, [base, control], *given)
+    items = [item for item in one.items if item.id in one.asked.controlled]
+    pair = {base.name: tables[base.name], control.name: graded(one.task, items, one.control, samples)}
+    beside = analyse(one.task, items, pair, [base, control], *given)
     return dataclasses.replace(found, control=beside.scores[1], control_versus=beside.versus[0])
 
 
@@ -127,7 +144,9 @@ def _with_judge(found: TaskResult, name: str, one: Answered, tables: Mapping[str
     return dataclasses.replace(found, notes=(*found.notes, *words), best_of=best)
 
 
-def lm_eval_results(answered: Sequence[Answered], subject: Subject, tokenizer: Any, settings: Any) -> dict[str, Any]:
+def lm_eval_results(
+    answered: Sequence[Answered], subject: Subject, tokenizer: Any, settings: Any, backend: str
+) -> dict[str, Any]:
     """What lm-eval's engine finds for one subject, from the same replies with the same graders, in its layout.
 
     Its `evaluate` is called, not `simple_evaluate`, which would spend half a second on listing installed packages.
@@ -149,12 +168,12 @@ def lm_eval_results(answered: Sequence[Answered], subject: Subject, tokenizer: A
             bootstrap_iters=0,
         )
     assert found is not None, "lm-eval returns nothing on other ranks only, and it runs on one"
-    return {**found, "config": config_of(subject), "date": time.time()}
+    return {**found, "config": config_of(subject, backend), "date": time.time()}
 
 
-def config_of(subject: Subject) -> dict[str, Any]:
+def config_of(subject: Subject, backend: str) -> dict[str, Any]:
     """lm-eval's `config`, as far as it holds here: the model and what it was loaded with."""
     arguments = {"pretrained": subject.model, "dtype": subject.dtype}
     arguments |= {"peft": subject.adapter} if subject.adapter else {}
     arguments |= {"quantization": subject.quantization} if subject.quantization else {}
-    return {"model": "hf", "model_args": arguments, "model_dtype": subject.dtype, "limit": None, "bootstrap_iters": 0}
+    return {"model": backend, "model_args": arguments, "model_dtype": subject.dtype, "bootstrap_iters": 0}

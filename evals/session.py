@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.generation.store import StoreError
+from evals.report.clean import scrub
 from evals.result import Skipped, Subject
 from evals.task import Sampling, Source
 
@@ -18,9 +19,10 @@ NAME = "session.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """One task: where its items came from, how replies were drawn, the hash of each item's
-    prompt, and what each subject's store is about, in order;
-    `control`: the same of the base under a grammar.
+    """One task: where its items came from, how replies were drawn, the hash of each item's prompt, and what each subject's
+    store is about, in order. `thinking`: prompts end inside an open thought, in which a reply then begins. `control`: what
+    the store of the base under a grammar is about, and `controlled` the items that have one. `candidate_prompts`: the
+    prompts of the second subject where two reports are compared.
     """
 
     task: str
@@ -28,8 +30,11 @@ class Asked:
     fingerprint: str
     sampling: Sampling
     prompts: Mapping[str, str]
+    thinking: bool
     abouts: tuple[Mapping[str, Any], ...]
     control: Mapping[str, Any] | None = None
+    controlled: tuple[str, ...] = ()
+    candidate_prompts: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -53,9 +58,20 @@ class Session:
     notes: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
-        """Writes `session.json`; the store's place is kept relative to it, so that both can move together."""
+        """Writes `session.json`, without machine paths or tokens; store and data folder are kept relative to it."""
         content = asdict(self) | {"store": os.path.relpath(self.store, folder)}
+        for name in ("environment", "notes", "skipped"):
+            content[name] = scrub(content[name])
+        for asked in content["tasks"]:
+            place = asked["source"]["folder"]
+            asked["source"]["folder"] = None if place is None else os.path.relpath(place, folder)
+            asked["notes"] = scrub(asked["notes"])
         (Path(folder) / NAME).write_text(json.dumps(content, indent=1))
+
+
+def _source(raw: Mapping[str, Any], folder: str | Path) -> Source:
+    place = raw["folder"]
+    return Source(**{**raw, "folder": None if place is None else str(Path(folder) / place)})
 
 
 def load_session(folder: str | Path) -> Session:
@@ -67,10 +83,11 @@ def load_session(folder: str | Path) -> Session:
             Asked(
                 **t
                 | {
-                    "source": Source(**t["source"]),
+                    "source": _source(t["source"], folder),
                     "sampling": Sampling(**t["sampling"]),
                     "abouts": tuple(t["abouts"]),
                     "notes": tuple(t["notes"]),
+                    "controlled": tuple(t["controlled"]),
                 }
             )
             for t in raw.pop("tasks")

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.task import Sampling, Task
+from evals.task import DataError, Sampling, Task
+from evals.tasks import TASKS
 
-PRESETS = ("offline", "quick", "full")
+PRESETS = ("offline", "quick", "full", "sampled")
 OFFLINE_QUESTIONS = {"sandbox_json": 200, "others": 24}
 MISSING = ("skip", "stand-in", "fail")
 
@@ -55,16 +56,27 @@ class Settings:
         return OFFLINE_QUESTIONS.get(task.name, OFFLINE_QUESTIONS["others"])
 
     def folder_for(self, task: Task) -> str | None:
-        """The data folder of a task: `data/<task>` if it exists, else `data`."""
+        """The data folder of a task: `data/<task>`; `data` itself only when it is no folder of tasks' folders.
+
+        Raises DataError when other tasks have a folder there and this one has none.
+        """
         if self.data is None:
             return None
-        own = Path(self.data) / task.name
-        return str(own if own.is_dir() else self.data)
+        own, others = Path(self.data) / task.name, [n for n in TASKS if (Path(self.data) / n).is_dir()]
+        if own.is_dir():
+            return str(own)
+        if others:
+            raise DataError(f"{task.name}: {self.data} holds {', '.join(others)} but no folder {task.name}")
+        return self.data
 
 
 def sampling_for(task: Task, settings: Settings) -> Sampling:
     """The task's preset with what the user changed. Raises SettingsError for values that make no sense."""
-    preset = task.presets.get(settings.preset) or next(iter(task.presets.values()))
+    if settings.preset not in task.presets:
+        raise SettingsError(
+            f"{task.name} has no preset {settings.preset}: choose --preset {' or '.join(task.presets)}"
+        )
+    preset = task.presets[settings.preset]
     names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
     changes: Mapping[str, Any] = {n: getattr(settings, n) for n in names if getattr(settings, n) is not None}
     found = dataclasses.replace(preset, **changes, seed=settings.seed)

@@ -16,7 +16,7 @@ from evals.statistics.multiple import band, holm, spread
 from evals.statistics.planning import variances_of_means
 from evals.statistics.quantiles import t_quantile
 from evals.statistics.sequential import information_fraction, look_levels
-from evals.stats import ALPHA, Comparison, question_scores, standard_error
+from evals.stats import ALPHA, Comparison, compare, estimate, question_scores, standard_error
 from evals.task import Item
 
 AIME = ("aime24", "aime25")
@@ -52,7 +52,12 @@ def finish_result(
         skipped=tuple(skipped),
         spread=training_spread(subjects, judged) if repeats else (),
         guard=guard(subjects, judged, targets),
-        notes=(*notes, *aime_gap(subjects, judged), *checkpoint_notes(subjects, judged)),
+        notes=(
+            *notes,
+            *aime_gap(subjects, judged),
+            *aime_pooled(subjects, judged),
+            *checkpoint_notes(subjects, judged),
+        ),
     )
 
 
@@ -193,6 +198,23 @@ def aime_gap(subjects: Sequence[Subject], tasks: Sequence[TaskResult]) -> list[s
             f"{subject.name}: AIME 2024 minus AIME 2025 is {100 * gap:+.1f} points "
             f"[{100 * (gap - half):.1f}, {100 * (gap + half):.1f}]{signal}."
         )
+    return lines
+
+
+def aime_pooled(subjects: Sequence[Subject], tasks: Sequence[TaskResult]) -> list[str]:
+    """Both years as one set of questions, for more of them: every subject's mean, and each candidate's difference."""
+    years = [task for task in tasks if task.name in AIME and not task.generated]
+    if len(years) < 2:
+        return []
+    questions = [shown for year in years for shown in year.questions]
+    columns = [[shown.scores[i] for shown in questions] for i in range(len(subjects))]
+    lines = []
+    for subject, column in zip(subjects, columns, strict=True):
+        found = estimate(column)
+        words = f"{subject.name}: AIME 2024 and 2025 pooled, {found.n} questions: {100 * found.mean:.1f}%"
+        if subject is not subjects[0]:
+            words += f", {_points(compare(columns[0], column))}"
+        lines.append(f"{words}.")
     return lines
 
 

@@ -113,6 +113,9 @@ def _help_folder(data: HubData) -> str:
     return f"`hf download --repo-type dataset {data.path} --local-dir DIR`"
 
 
+SPLITS = re.compile(r"(^|[-_.])(train|test|val|validation|dev)([-_.]|$)")
+
+
 def data_files(folder: Path, split: str, config: str | None) -> list[Path]:
     """The files that hold a split, in the order of their names; hidden files and folders are passed over."""
     paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in SUFFIXES)
@@ -120,8 +123,11 @@ def data_files(folder: Path, split: str, config: str | None) -> list[Path]:
     if config:
         files = [f for f in files if config in f.as_posix()] or files
     word = re.compile(rf"(^|[-_.]){re.escape(split)}([-_.]|$)")
-    files = [f for f in files if word.search(f.name)] or files
-    return [folder / f for f in files]
+    named = [f for f in files if word.search(f.name)]
+    other = [f for f in files if SPLITS.search(f.name)]
+    if not named and other:
+        raise DataError(f"{folder} holds {other[0]} and more, but no file of the split {split}")
+    return [folder / f for f in named or files]
 
 
 def read(file: Path) -> Iterator[dict[str, Any]]:

@@ -23,35 +23,45 @@ LAYOUT = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t]?\n?[ \t]{0,
 """Room for any usual layout, so that the model writes JSON as it is used to, but not white space without end."""
 
 
-class SchemaControl:
-    """Makes the processor of a batch; `schemas`: item id -> JSON Schema, `vocabulary`: the width of the logits.
+class Grammars:
+    """llguidance's grammars of JSON Schemas: `texts`, item id -> grammar, and `left_out`, the items whose schema has none.
 
-    Raises ValueError that names the item when llguidance cannot express its schema.
+    Raises ModelError when llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, ends: Sequence[int], schemas: Mapping[str, Any]) -> None:
-        try:
-            import llguidance.hf
-        except ImportError:
-            raise ModelError("--control needs llguidance: pip install 'trl-ext[control]'") from None
+    def __init__(self, schemas: Mapping[str, Any]) -> None:
+        made = {item: grammar_of(schema) for item, schema in schemas.items()}
+        self.texts = {item: text for item, text in made.items() if text is not None}
+        self.left_out = [item for item, text in made.items() if text is None]
+
+
+def grammar_of(schema: Any) -> str | None:
+    """The grammar, None when llguidance cannot express the schema (it knows no `not`, no `uniqueItems`, ...)."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise ModelError("--control needs llguidance: pip install 'trl-ext[control]'") from None
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    return None if LLMatcher.validate_grammar(grammar) else str(grammar)
+
+
+class SchemaControl:
+    """Makes the processor of a batch; `vocabulary`: the width of the logits, `ends`: the tokens that end a reply."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Sequence[int], grammars: Grammars) -> None:
+        import llguidance.hf
 
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
         self._ends = list(ends)
-        self._grammars = {item: _grammar(item, schema) for item, schema in schemas.items()}
+        self._grammars = grammars.texts
 
     def __call__(self, jobs: Sequence[Any], start: int) -> SchemaMask:
         from llguidance import LLMatcher
 
         return SchemaMask([LLMatcher(self._tokenizer, self._grammars[job.item]) for job in jobs], start, self._ends)
-
-
-def _grammar(item: str, schema: Any) -> str:
-    from llguidance import LLMatcher
-
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)  # type: ignore[arg-type]
-    if error := LLMatcher.validate_grammar(grammar):
-        raise ValueError(f"item {item}: no grammar can be made from its schema: {error}")
-    return str(grammar)
 
 
 class SchemaMask(LogitsProcessor):

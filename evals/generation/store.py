@@ -2,7 +2,8 @@
 added later, and grading can be redone without a model.
 
 One file for each model and task; its name carries a key over everything that decides a reply, and `<file>.json` beside
-it says in words what that was. How many questions and samples are asked for is not part of the key.
+it says in words what that was. How many questions and samples are asked for is not part of the key (but the token limit is, and a longer prompt may lower
+it where the model's context is short).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ABOUT = (
     "quantization",
     "dtype",
     "template_hash",
+    "tokenizer",
+    "ends",
     "sampling",
     "seed_scheme",
     "control",

@@ -64,6 +64,11 @@ class VllmLoaded:
     identity: dict[str, str] = field(default_factory=dict)
 
     @property
+    def ends(self) -> list[int]:
+        """The tokens that end a reply, besides those that vLLM takes from the model's own config."""
+        return [self.tokenizer.eos_token_id]
+
+    @property
     def dtype(self) -> str:
         """Precision of the weights that compute."""
         return str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")

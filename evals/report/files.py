@@ -37,9 +37,8 @@ def write(folder: str | Path, result: Result, lm_eval_results: Mapping[str, Any]
     for "samples". Without gated texts, machine paths, tokens and sources of functions. All three texts are made before
     the first is written. Raises ValueError for an infinite number, which JSON cannot say; NaN becomes null.
     """
-    texts = gated_texts(result)
+    foreign = publishable_results(lm_eval_results or {}, result)
     result = publishable(result)
-    foreign = withhold(scrub(lm_eval_results or {}), texts)
     plain = _without_nan({**foreign, SECTION: result.as_json()})
     # ASCII, so that lone surrogates of a reply survive
     data = json.dumps(plain, indent=1, allow_nan=False) + "\n"
@@ -47,14 +46,19 @@ def write(folder: str | Path, result: Result, lm_eval_results: Mapping[str, Any]
     files = Files(folder / "results.json", folder / "report.html", folder / "report.md")
     contents = (data, page(result, default_title(result)), markdown(result))
     encoded = [content.encode("utf-8") for content in contents]
-    folder.mkdir(parents=True, exist_ok=True)
     for path, content in zip(files, encoded, strict=True):
         write_whole(path, content)
     return files
 
 
+def publishable_results(lm_eval_results: Mapping[str, Any], result: Result) -> Any:
+    """lm-eval's dictionary as JSON may hold it: without gated texts, machine paths, tokens, sources and NaN."""
+    return _without_nan(withhold(scrub(lm_eval_results), gated_texts(result)))
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename: whoever reads `path` meets the old or the new file, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

@@ -78,6 +78,7 @@ class ScriptedEngine:
     identity: dict[str, str]
     dtype: str = "float32"
     change: float = 1.0
+    ends: list[int] = field(default_factory=lambda: [2])
 
     @contextlib.contextmanager
     def answering(self, adapter: Adapter | None, batch_size: int, constraint: Any = None) -> Iterator[Script]:

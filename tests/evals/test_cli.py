@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from evals.cli import GATE_FAILED
 from evals.report.files import load
@@ -86,6 +88,43 @@ def test_a_whole_model_can_be_the_candidate(folder: Path) -> None:
     ]
 
 
+def test_subjects_of_one_name_are_told_apart(folder: Path) -> None:
+    """Two folders `x/same` and `y/same`, one never trained: each is evaluated, and neither hides the base."""
+    first, second = adapter(folder / "x" / "same", seed=1), adapter(folder / "y" / "same", scale=0)
+    third = adapter(folder / "base", seed=2)
+    words = [word for a in (first, second, third) for word in ("--adapter", str(a.folder))]
+    assert ask(*words, "--allow-inactive", "--out", "out") == 0
+    result = load(folder / "out")
+    assert [s.name for s in result.subjects] == ["base", "same", "same-2", "base-2"]
+    assert len({s.key for s in result.subjects}) == 4
+    base, trained, idle, other = zip(*(q.replies for q in result.tasks[0].questions if q.replies), strict=True)
+    assert idle == base and len({base, trained, other}) == 3
+    assert any("same-2 changes nothing" in note for note in result.notes)
+
+
+def test_a_model_with_other_tokens_cannot_be_the_candidate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder / "other"
+    shutil.copytree(tiny_path(max_position_embeddings=4096), other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    assert ask("--candidate", str(other)) == USAGE_ERROR
+    assert "other has another vocabulary" in capsys.readouterr().err
+    assert ask("--candidate", tiny_path(max_position_embeddings=4096, initializer_range=0.3), "--out", "fine") == 0
+
+
+def test_end_tokens_and_tokenizer_are_part_of_the_key(folder: Path) -> None:
+    model = folder / "model"
+    shutil.copytree(tiny_path(max_position_embeddings=4096), model)
+    words = ["eval", "--model", str(model), "--tasks", "aime_synth", *SMALL]
+    assert main(words) == 0
+    files = set((folder / "evals_out" / "replies").glob("*.jsonl"))
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, 77]}))
+    assert main(words) == 0
+    assert len(set((folder / "evals_out" / "replies").glob("*.jsonl")) - files) == 1
+
+
 def test_the_grammar_control_is_shown_beside_structured_tasks(folder: Path) -> None:
     assert ask("--control", "--out", "with_control", "--max-new-tokens", "60") == 0
     plain, structured = load(folder / "with_control").tasks
@@ -128,6 +167,9 @@ def test_planning_asks_nothing(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--tasks", "aime24", "--model", tiny_path()], "no task can be run"),
         (["--tasks", "aime_synth", "--model", tiny_path(), "--backend", "vllm"], "needs vLLM"),
         (["x", "--model", "y"], "name runs, or --model"),
+        (["--tasks", "aime_synth", "--model", tiny_path(), "--checkpoints"], "--checkpoints is for runs"),
+        (["--tasks", "aime_synth", "--pilot", "x"], "--pilot is for --min-effect"),
+        (["--tasks", "aime_synth", "--looks", "8,4"], "expected increasing numbers of samples"),
     ],
 )
 def test_wrong_requests_end_with_words(

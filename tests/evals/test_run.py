@@ -137,9 +137,9 @@ def test_regrading_gives_the_same_files_without_a_model(tmp_path: Path) -> None:
     folder.mkdir()
     session.save(folder)
     cli.write_report(str(folder), session)
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert cli.run(_args("regrade", str(folder))) == 0
-    second = {path.name: path.read_bytes() for path in folder.iterdir()}
+    second = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for name in ("report.html", "report.md", "session.json"):
         assert first[name] == second[name]
     ours = [json.loads(files["results.json"])["trl_ext"] for files in (first, second)]
@@ -212,7 +212,9 @@ def test_the_real_tasks_run_the_same_code_on_local_data(tmp_path: Path, monkeypa
     assert any(
         secret in json.dumps(item.messages, ensure_ascii=False).replace("\\n", "\n") for item in one.ready[2].items
     )
-    for path in (tmp_path / "report").iterdir():
+    files = [path for path in (tmp_path / "report").rglob("*") if path.is_file()]
+    assert len(files) == 5, "results, page, card, and lm-eval's numbers of two subjects"
+    for path in files:
         written = path.read_text()
         assert "is it another?" not in written, f"{path.name} holds a gated question"
     (tmp_path / "data" / "aime24" / "aime_2024_problems.parquet").unlink()
@@ -266,6 +268,103 @@ def test_two_reports_are_compared_on_their_stored_replies(tmp_path: Path) -> Non
         compare_reports(tmp_path / "x", tmp_path / "z")
     noted = compare_reports(tmp_path / "x", tmp_path / "z", allow_mismatch=True)
     assert any("compared although they differ" in note for note in noted.notes)
+
+
+def test_what_differs_is_compared_when_it_is_allowed(tmp_path: Path) -> None:
+    """Another number of questions and of samples: the shared ones count, and the report says what differs."""
+    from evals.merge import compare_reports
+
+    for name, p, change in (("x", 0.4, {}), ("y", 0.8, {"limit": 12, "samples": 1})):
+        session = evaluation(settings(tmp_path, "aime_synth", **change), 0.5, **{name: p}).go()
+        (tmp_path / name).mkdir()
+        session.save(tmp_path / name)
+    merged = compare_reports(tmp_path / "x", tmp_path / "y", allow_mismatch=True)
+    (task,) = result_of(merged).tasks
+    assert (len(task.questions), task.samples) == (12, 1)
+    assert any("compared although they differ" in note for note in merged.notes)
+
+
+def test_reports_of_one_name_are_two_subjects(tmp_path: Path) -> None:
+    from evals.merge import compare_reports
+
+    for day, p in (("d1", 0.2), ("d2", 0.9)):
+        session = evaluation(settings(tmp_path, "aime_synth"), 0.5, c=p).go()
+        (tmp_path / day / "rep").mkdir(parents=True)
+        session.save(tmp_path / day / "rep")
+    result = result_of(compare_reports(tmp_path / "d1" / "rep", tmp_path / "d2" / "rep"))
+    assert [s.name for s in result.subjects] == ["rep: c", "rep: c-2"]
+    assert result.tasks[0].versus[0].metrics["accuracy"].comparison.difference > 0.4
+
+
+def test_a_thought_that_the_prompt_opened_counts_as_one(tmp_path: Path) -> None:
+    """A template may end in <think>: a reply that never closes it has no answer, whatever boxes stand in it."""
+    one = evaluation(settings(tmp_path, "aime_synth"), 1.0)
+    session = one.go()
+    (task,) = result_of(session).tasks
+    assert task.scores[0].metrics["accuracy"].mean == 1
+    inside = dataclasses.replace(session, tasks=(dataclasses.replace(session.tasks[0], thinking=True),))
+    (task,) = result_of(inside).tasks
+    assert (task.scores[0].metrics["accuracy"].mean, task.scores[0].no_answer) == (0, 1)
+
+
+def test_the_session_names_no_place_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["trl-ext", "eval", "--out", str(tmp_path / "secret"), "--x", "hf_" + "a" * 34])
+    session = evaluation(settings(tmp_path, "aime_synth"), 0.5).go()
+    session.save(tmp_path)
+    text = (tmp_path / "session.json").read_text()
+    assert str(tmp_path) not in text and "hf_aaaa" not in text and "eval --out" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "words"),
+    [
+        (("aime_synth",), {"targets": ("gsm8k",)}, "--targets gsm8k is not among the tasks aime_synth"),
+        (("aime_synth",), {"judge": "nope"}, "--judge: unknown reward 'nope'"),
+        (("aime_synth",), {"batch_size": 0}, "--batch-size 0"),
+        (("aime_synth",), {"limit": 1}, "--limit 1: an interval needs at least 2 questions"),
+        (("aime_synth",), {"control": True}, "--control is for structured tasks"),
+        (("schema_synth",), {"control": True, "backend": "vllm"}, "--control runs on transformers"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_asked(
+    tmp_path: Path, names: tuple[str, ...], change: dict, words: str
+) -> None:
+    with pytest.raises(SettingsError, match=words):
+        ready_tasks(settings(tmp_path, *names, **change))
+
+
+def test_a_preset_that_a_task_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="aime24 has no preset offline: choose --preset quick or full"):
+        sampling_for(TASKS["aime24"], settings(tmp_path, "aime24"))
+
+
+def test_one_tasks_data_is_never_anothers(tmp_path: Path) -> None:
+    """data/aime24 alone: aime25 must not find the file of 2024 in it, nor a test split in a file of training rows."""
+    stand_ins.make("aime24", tmp_path / "data" / "aime24")
+    chosen = settings(
+        tmp_path, "aime24", "aime25", data=str(tmp_path / "data"), preset="quick", samples=None, limit=None
+    )
+    ready, skipped = ready_tasks(chosen)
+    assert [one.task.name for one in ready] == ["aime24"]
+    assert "holds aime24 but no folder aime25" in skipped[0].reason
+    stand_ins.jsonl(stand_ins.aime25(), tmp_path / "only" / "train.jsonl")
+    _, skipped = ready_tasks(
+        dataclasses.replace(
+            chosen, tasks=tuple(get_tasks(["aime24", "aime25", "aime_synth"]))[1:], data=str(tmp_path / "only")
+        )
+    )
+    assert "no file of the split test" in skipped[0].reason
+
+
+def test_both_years_of_aime_are_pooled(tmp_path: Path) -> None:
+    for name in ("aime24", "aime25"):
+        stand_ins.make(name, tmp_path / "data" / name)
+    chosen = settings(tmp_path, "aime24", "aime25", data=str(tmp_path / "data"), limit=None, preset="quick", samples=2)
+    result = result_of(evaluation(chosen, 0.2, c=0.9).go())
+    means = [sum(q.scores[1] for t in result.tasks for q in t.questions) / 60]
+    assert any(
+        f"c: AIME 2024 and 2025 pooled, 60 questions: {100 * means[0]:.1f}%, +" in note for note in result.notes
+    )
 
 
 def test_the_gate() -> None:

@@ -83,6 +83,18 @@ def test_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
     assert plan.base.model == tiny_path() and plan.names == ["a", "a-2"] and plan.runs == (folder, folder)
 
 
+def test_an_adapter_that_is_a_run_is_loaded_as_it_was_trained(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "a", load_in_4bit=True, chat_template_kwargs={"x": 1})
+    plan = runs.plan_parts(None, [str(folder)], [], {})
+    assert plan.base.quantization and plan.base.dtype == "float32" and plan.template_settings == {"x": 1}
+    other = trained(tmp_path / "b", load_in_4bit=True, learning_rate=0.5)
+    assert not runs.plan_parts(None, [str(folder), str(other)], [], {}).repeats
+
+
+def test_names_are_told_apart() -> None:
+    assert runs.distinct(["a", "a", "a-2", "base"]) == ["a", "a-2", "a-2-2", "base-2"]
+
+
 def test_training_texts_are_compared_with_the_questions(tmp_path: Path) -> None:
     question = "a farmer has three red barns and nine blue tractors in the northern field how many things"
     rows = [

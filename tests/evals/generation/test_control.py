@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.generation.control import SchemaControl
+from evals.generation.control import Grammars, SchemaControl
 from evals.generation.hf import HFGenerator, Job, end_ids
 from evals.task import Sampling
 from tests.tiny import tiny_path
@@ -28,7 +28,7 @@ SCHEMAS = {
 def answers(sampling: Sampling) -> list[tuple[str, str, str]]:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_path()), AutoTokenizer.from_pretrained(tiny_path())
-    control = SchemaControl(tokenizer, model.config.vocab_size, end_ids(model, tokenizer), SCHEMAS)
+    control = SchemaControl(tokenizer, model.config.vocab_size, end_ids(model, tokenizer), Grammars(SCHEMAS))
     jobs = [Job("t", item, n, f"{item}?") for item in SCHEMAS for n in range(sampling.samples)]
     batches = HFGenerator(model, tokenizer, 3, control).generate(jobs, sampling)
     return [(r.item, r.text, r.finish) for batch in batches for r in batch]
@@ -43,10 +43,10 @@ def test_every_reply_that_ends_is_valid(sampling: Sampling) -> None:
         jsonschema.validate(json.loads(text), SCHEMAS[item])
 
 
-def test_a_schema_without_a_grammar_names_its_item() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
-    with pytest.raises(ValueError, match=r"item odd: no grammar can be made from its schema"):
-        SchemaControl(tokenizer, len(tokenizer), [2], {"odd": {"type": "string", "pattern": "(?=a)b"}})
+@pytest.mark.parametrize("odd", [{"type": "string", "pattern": "(?=a)b"}, {"not": {"type": "string"}}])
+def test_a_schema_without_a_grammar_is_left_out(odd: dict) -> None:
+    found = Grammars(SCHEMAS | {"odd": odd})
+    assert found.left_out == ["odd"] and list(found.texts) == list(SCHEMAS)
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}, "lines"])
@@ -55,7 +55,7 @@ def test_every_usual_layout_is_allowed(layout: dict | str) -> None:
     value = {"n": 7, "ok": True}
     text = '{"n":\n7,\n"ok": true}' if isinstance(layout, str) else json.dumps(value, **layout)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
-    mask = SchemaControl(tokenizer, len(tokenizer), [2], SCHEMAS)([Job("t", "flat", 0, "")], 0)
+    mask = SchemaControl(tokenizer, len(tokenizer), [2], Grammars(SCHEMAS))([Job("t", "flat", 0, "")], 0)
     ids = [*tokenizer(text)["input_ids"], 2]
     for at, token in enumerate(ids):
         scores = mask(torch.tensor([ids[:at]], dtype=torch.long), torch.zeros(1, len(tokenizer)))
