@@ -223,3 +223,15 @@ def test_lighteval_prompts_and_unknown_columns(tmp_path):
         compare_files(a, b)
     with pytest.raises(ImportProblem, match="neither lighteval's columns"):
         read_runs(details(tmp_path / "c", [{"x": 1}]))
+
+
+def test_a_metric_that_is_better_when_lower_is_read_so(tmp_path):
+    """All questions go from 0 to 1: worse where the results file says that lower is better, better where it says nothing."""
+    lower = {"higher_is_better": {"gsm8k": {"exact_match": False}}}
+    for results, verdict in ((lower, "worse"), (None, "better")):
+        folders = [
+            samples(tmp_path / f"{verdict}{value}", [line(i, value) for i in range(12)], results=results)
+            for value in (0.0, 1.0)
+        ]
+        (found,) = compare_files(*folders)
+        assert found.paired.verdict == verdict and f": {verdict}, +100.0 points" in found.words
