@@ -226,3 +226,9 @@ def test_it_is_a_module_too() -> None:
     command = [sys.executable, "-m", "trl_ext", "methods", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == cli.USAGE_ERROR and "unknown method 'nothing'" in done.stderr
+
+
+def test_a_conflict_is_shown_on_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, other in (("capo", "dgpo"), ("dgpo", "capo")):
+        assert main(["methods", name]) == 0
+        assert f"  {other}: capo predicts each token's step" in capsys.readouterr().out

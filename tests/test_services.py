@@ -260,14 +260,17 @@ class Hooks(Probe):
         return [{**row, "prompt": [{"role": "user", "content": "zzz"}]} for row in rows]
 
     def shape_rewards(self, rewards, group):
-        SEEN.append(("rewards", tuple(rewards.shape), group.lengths, group.truncated))
+        assert torch.equal(group.rewards, rewards)
+        SEEN.append(("rewards", rewards, group.lengths, group.truncated))
         return rewards * 2
 
     def group_advantages(self, advantages, group):
+        SEEN.append(("group", group.rewards))
         assert abs(float(advantages.sum())) < 1e-4  # TRL's, centred
         return torch.arange(1.0, 9.0).view(2, 4)
 
     def observe(self, group):
+        assert torch.equal(group.rewards, SEEN[1][1])
         self.state["steps"] = self.state.get("steps", 0) + 1
 
     def token_advantages(self, advantages, x):
@@ -281,8 +284,9 @@ class Hooks(Probe):
 
 def test_rollout_hooks_arrive(train, tmp_path):
     trainer = train(Hooks, max_steps=1)
-    name, shape, lengths, truncated = SEEN[0]
-    assert (name, shape) == ("rewards", (2, 4, 1)) and lengths.max() == 6
+    name, rewards, lengths, truncated = SEEN[0]
+    assert (name, tuple(rewards.shape)) == ("rewards", (2, 4, 1)) and lengths.max() == 6
+    assert torch.equal(SEEN.pop(1)[1], rewards * 2), "after the shaping groups hold the shaped rewards"
     assert bool((lengths[truncated] == 6).all()) and bool(truncated[lengths < 6].any()) is False
     assert SEEN[1] == ("prompt", "zzz", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     assert SEEN[2][1] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
@@ -359,6 +363,55 @@ def test_loss_mask_changes_the_denominator_but_not_the_forward(train):
     weighted = train(WeightHalf, max_steps=1, loss_type="grpo").state.log_history[0]
     assert masked["grad_norm"] == pytest.approx(2 * weighted["grad_norm"], rel=1e-4)
     assert masked["loss"] == pytest.approx(2 * weighted["loss"], rel=1e-4)
+
+
+@dataclass(frozen=True)
+class AllStages(Probe):
+    """Changes each stage, and notes advantages and mask as each hook sees them."""
+
+    owns = ("surrogate",)
+
+    def _see(self, hook, x):
+        SEEN.append((hook, x.advantages, x.mask))
+
+    def token_advantages(self, advantages, x):
+        self._see("token_advantages", x)
+        return advantages.unsqueeze(1) * torch.arange(1.0, 1 + x.mask.size(1))
+
+    def loss_mask(self, mask, x):
+        self._see("loss_mask", x)
+        return mask * (torch.arange(mask.size(1)) % 2 == 0)
+
+    def token_weights(self, weights, x):
+        self._see("token_weights", x)
+        return weights * 3
+
+    def surrogate(self, x):
+        self._see("surrogate", x)
+        return x.advantages * x.logps
+
+    def aux_loss(self, x):
+        self._see("aux_loss", x)
+
+    def observe_loss(self, x):
+        self._see("observe_loss", x)
+
+
+def test_each_stage_sees_those_before_it_and_the_end_sees_the_original(train):
+    train(AllStages, max_steps=1, loss_type="grpo")
+    seen = {hook: (advantages, mask) for hook, advantages, mask in SEEN}
+    own, mask = seen["token_advantages"]
+    ramp = own.unsqueeze(1) * torch.arange(1.0, 1 + mask.size(1))
+    half = mask * (torch.arange(mask.size(1)) % 2 == 0)
+    expected = {
+        "loss_mask": (ramp, mask),
+        "token_weights": (ramp, half),
+        "surrogate": (3 * ramp, half),
+        "aux_loss": (own, mask),
+        "observe_loss": (own, mask),
+    }
+    for hook, values in expected.items():
+        assert all(torch.equal(found, value) for found, value in zip(seen[hook], values, strict=True)), hook
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class MethodTrainer:
     _method_metrics: Metrics | None = None
     _teacher: Snapshot | None = None
     _reference: Snapshot | None = None
+    _continues_adapter: bool = False
     _loss_not_finite: Tensor | None = None
 
     # Set by TRL's trainer
@@ -53,8 +54,9 @@ class MethodTrainer:
     state: Any
     _metrics: dict[str, Any]
 
-    def _make_plan(self, trainer: str, args: Any) -> None:
-        """Before the model is loaded: a plan that cannot run fails here."""
+    def _make_plan(self, trainer: str, args: Any, model: Any = None) -> None:
+        """Before the model is loaded: a plan that cannot run fails here. `model` as the user passed it."""
+        self._continues_adapter = isinstance(model, torch.nn.Module) and is_peft_model(model)
         self.plan = make_plan(getattr(args, "methods", None), trainer, Setup(args))
 
     def _start_methods(self, setup: Setup) -> None:
@@ -62,10 +64,19 @@ class MethodTrainer:
         self._method_metrics = Metrics()
         self.plan.check(setup)
         keep_trainable(self.model)
-        if REFERENCE in self.plan.needs() and self.ref_model is None and not is_peft_model(self.model):
+        if REFERENCE in self.plan.needs() and self.ref_model is None and self._starts_from_trained():
             self._reference = Snapshot(self._unwrapped())
         if TEACHER in self.plan.needs():
             self.add_callback(_BeginStep(self))  # type: ignore[attr-defined]
+
+    def _starts_from_trained(self) -> bool:
+        """Whether the starting model is in the trained weights alone: in full, or in an adapter that trains on.
+
+        TRL copies such an adapter as "ref" only if `beta` is not 0. A new adapter is switched off instead.
+        """
+        if not is_peft_model(self.model):
+            return True
+        return self._continues_adapter and "ref" not in self._unwrapped().peft_config
 
     def _engine(self) -> str | None:
         """ "fsdp", "zero3" or None: where weights are sharded, services that read them are refused."""

@@ -152,6 +152,8 @@ def describe(cls: type[Method]) -> str:
     import inspect
     import sys
 
+    from trl_ext.methods import METHODS
+
     method = cls()
     equation = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
     parts = [f"{cls.name}: {cls.title}", f"https://arxiv.org/abs/{cls.paper}", "", equation, ""]
@@ -159,7 +161,8 @@ def describe(cls: type[Method]) -> str:
     parts += _settings(cls)
     parts += ["", f"Needs with these defaults: {', '.join(sorted(method.needs())) or 'nothing'}"]
     parts += [f"Costs: {method.cost()}", f"Owns: {', '.join(cls.owns) or 'nothing'}"]
-    conflicts = [f"  {other}: {reason}" for other, reason in cls.conflicts.items()]
+    declared = {other.name: other.conflicts[cls.name] for other in METHODS.values() if cls.name in other.conflicts}
+    conflicts = [f"  {other}: {reason}" for other, reason in {**cls.conflicts, **declared}.items()]
     parts += ["Conflicts: none declared"] if not conflicts else ["Conflicts:", *conflicts]
     return "\n".join(parts)
 

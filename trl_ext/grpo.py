@@ -70,7 +70,7 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
     _remembered: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        self._make_plan("grpo", args)
+        self._make_plan("grpo", args, model)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if reason := cannot_hide(self.model.config):
             users = [m.name for m in self.plan.methods if HIDE_PROMPT in m.needs()]
@@ -180,13 +180,15 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         """A copy of the batch as the methods want TRL to see it, and a replaced policy term if there is one.
 
         The buffered slice is used again when `num_iterations > 1`, so it is never written to; what no method changed
-        stays the same object, which keeps TRL's path bit for bit.
+        stays the same object, which keeps TRL's path bit for bit. Each stage sees the result of those before it.
         """
         view = dict(inputs)
         advantages = self.plan.fold("token_advantages", x.advantages, x)
+        x = dataclasses.replace(x, advantages=advantages)
         mask = self.plan.fold("loss_mask", x.mask, x)
         if mask is not x.mask:
             view["tool_mask"] = mask.to(inputs["completion_mask"].dtype)
+        x = dataclasses.replace(x, mask=mask)
         ones = torch.ones_like(x.logps, requires_grad=False)
         weights = self.plan.fold("token_weights", ones, x)
         if weights is not ones:
@@ -194,7 +196,7 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         scale = kept_rows.factor(inputs, self.loss_type)
         view["advantages"] = advantages if scale == 1 else advantages * scale
         surrogate = None
-        x = dataclasses.replace(x, advantages=advantages, mask=mask)
+        x = dataclasses.replace(x, advantages=advantages)
         for method in self.plan.using("surrogate"):
             surrogate = method.surrogate(x.for_method(method.name))
         if surrogate is not None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 """A snapshot of the trained weights that `sync_teacher` refreshes."""
 REFERENCE = "reference"
-"""The model at the start of training: adapter off under PEFT, TRL's `ref_model`, or a copy of the first weights."""
+"""The model at the start of training: adapter off under PEFT, TRL's `ref_model`, or a copy of the first weights.
+
+A `PeftModel` that is passed in trains on: its reference is the adapter as it came, not the bare base."""
 POLICY = "policy"
 """The current weights, as `other(POLICY, ...)` runs them without gradient. Needs nothing."""
 HIDDEN = "hidden"
@@ -120,7 +122,8 @@ class RunShape:
 class Group:
     """All completions of one rollout on all processes, in whole groups.
 
-    `rewards` (P, G, F) float32, NaN where a function returned None; `advantages` (P, G); `lengths` (P, G) completion
+    `rewards` (P, G, F) float32, NaN where a function returned None, as `shape_rewards` left them (in that hook: as the
+    functions gave them); `advantages` (P, G); `lengths` (P, G) completion
     tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
     """
 
@@ -206,8 +209,11 @@ class LossInput:
 
     `completion_ids`, `mask` (B, T): `mask` is 1 on tokens that TRL trains on (no padding, no tool output).
     `logps` (B, T) with gradient, `entropy` (B, T) of the distribution at each position at the sampling temperature,
-    with gradient; both 0 where masked by padding. `advantages` (B,) as TRL made them. `old_logps`, `ref_logps` (B, T)
-    or None. `streams`: what this method's `streams` returned for these rows. `step`: optimizer steps done so far.
+    with gradient; both 0 where masked by padding. `advantages` (B,) as TRL made them. A stage sees what the stages
+    before it made, of all methods whatever their order: from `loss_mask` on `advantages` are those that
+    `token_advantages` left, (B,) or (B, T), from `token_weights` on `mask` is the one that `loss_mask` left, and in
+    `surrogate` the weights are in `advantages`. `aux_loss` and `observe_loss` see the original mask and advantages.
+    `old_logps`, `ref_logps` (B, T) or None. `streams`: what this method's `streams` returned for these rows. `step`: optimizer steps done so far.
     `optimizer`: learning rate and moments' decay of the coming step. `first_pass`: whether these rows are seen for the
     first time (`num_iterations` passes over each rollout). `row_scale` turns a mean over the B rows into one over the
     rows that `keep_rows` kept; 1 where nothing was dropped.

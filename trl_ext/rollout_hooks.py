@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,12 +24,13 @@ from trl_ext.method import Group, Rollout, RunShape
 
 @dataclass(frozen=True)
 class Scored:
-    """What reward functions saw and gave: local rows, and rewards (world * rows, F) before shaping."""
+    """What reward functions saw and gave: local rows, and rewards (world * rows, F) before and after shaping."""
 
     rows: Sequence[dict[str, Any]]
     prompts: Sequence[Any]
     completion_ids: Sequence[list[int]]
     rewards: Tensor
+    shaped: Tensor
 
 
 class RolloutHooks(MethodTrainer):
@@ -114,13 +116,15 @@ class RolloutHooks(MethodTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
         if not (self.plan.methods and self.model.training):
             return rewards
-        self._scored = Scored(inputs, prompts, completion_ids_list, rewards)
+        self._scored = Scored(inputs, prompts, completion_ids_list, rewards, rewards)
         if not self.plan.using("shape_rewards"):
             return rewards
         group = self._group(self._scored, torch.zeros_like(rewards[:, 0]))
         for i, name in enumerate(self.reward_func_names):
             group.metrics.mean(f"rewards/{name}/unshaped", rewards[:, i].nan_to_num(), ~rewards[:, i].isnan())
-        return self.plan.fold("shape_rewards", group.rewards, group).flatten(0, 1)
+        shaped: Tensor = self.plan.fold("shape_rewards", group.rewards, group).flatten(0, 1)
+        self._scored = dataclasses.replace(self._scored, shaped=shaped)
+        return shaped
 
     def _group(self, scored: Scored, advantages: Tensor) -> Group:
         """`advantages` (world * rows,) -> the view in whole groups; lengths are gathered once."""
@@ -130,7 +134,7 @@ class RolloutHooks(MethodTrainer):
         lengths, cut = self.accelerator.gather(torch.tensor(local, device=device)).unbind(1)
         size = self.args.num_generations
         return Group(
-            rewards=scored.rewards.view(-1, size, len(self.reward_func_names)),
+            rewards=scored.shaped.view(-1, size, len(self.reward_func_names)),
             advantages=advantages.view(-1, size),
             lengths=lengths.view(-1, size),
             truncated=cut.view(-1, size).bool(),

@@ -412,14 +412,16 @@ class Ramp(Method):
         return advantages.unsqueeze(1) * torch.arange(1.0, x.mask.size(1) + 1)
 
 
-def test_token_advantages_of_an_earlier_method_are_used(tmp_path, spied, monkeypatch):
+def test_token_advantages_of_another_method_are_used(tmp_path, spied, monkeypatch):
+    """Named before or after it: the loss has those of both."""
     monkeypatch.setitem(METHODS, "ramp", Ramp)
     sgd = {"optim_model": "sgd", "tau_fisher": math.inf}
-    for methods in ({"ramp": {}, "capo": sgd}, {"capo": sgd, "ramp": {}}):
+    for methods in ({"ramp": {}, "capo": sgd}, {"capo": sgd, "ramp": {}}, {"capo": sgd}):
         train(tmp_path, methods, max_steps=1)
-    first, second = (x.scratch["capo"]["weights"] for x in spied)
+    before, after, alone = (x.scratch["capo"]["weights"] for x in spied)
     position = (torch.arange(1.0, 7.0) * torch.ones(8, 1))[spied[0].mask.bool()].unsqueeze(1)
-    torch.testing.assert_close(first, second * position)
+    torch.testing.assert_close(before, alone * position)
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"steps_per_generation": 2, "num_iterations": 2}], ids=str)
@@ -479,6 +481,38 @@ def test_rows_without_tokens(tmp_path):
 def test_bad_settings_name_the_way_out(tmp_path, methods, kwargs, words):
     with pytest.raises(PlanError, match=words):
         trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"capo": methods})
+
+
+@pytest.mark.parametrize(
+    "settings, kwargs",
+    [
+        ({"tau_fisher": 0, "tau_hessian": 0}, {"loss_type": "dapo", "optim": "sgd"}),
+        ({"preset": "dr_capo", "tau_fisher": 0, "tau_hessian": 0}, {"loss_type": "dapo"}),
+        ({"tau_fisher": math.inf, "tau_hessian": math.inf}, {"loss_type": "dapo"}),
+        ({"tau_fisher": math.inf, "tau_hessian": 0}, {"loss_type": "dapo"}),
+    ],
+)
+def test_what_rejects_nothing_is_not_refused(tmp_path, settings, kwargs):
+    args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"capo": settings})
+    assert Capo(**settings).check(Setup(args)) == []
+
+
+@dataclass(frozen=True)
+class Baseline(Method):
+    name = "baseline"
+    title = paper = "none"
+
+    def group_advantages(self, advantages, group):
+        return advantages - 1
+
+
+@pytest.mark.parametrize("order", [("capo", "baseline"), ("baseline", "capo")], ids="+".join)
+def test_rein_capo_is_alone_with_the_groups_advantages(monkeypatch, order):
+    monkeypatch.setitem(METHODS, "baseline", Baseline)
+    setup = Setup(None, methods=order)
+    (problem,) = Capo(preset="rein_capo").check(setup)
+    assert "baseline" in problem and "set preset: capo" in problem
+    assert Capo().check(setup) == []
 
 
 def test_thresholds_of_the_presets():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import trl
 import trl_ext
 from tests.methods.spy import spied
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
+from trl_ext.method import Method
+from trl_ext.methods import METHODS
 from trl_ext.methods.grpo.d3s import D3S, linear, max_variance_subset, select_rollouts, select_tokens
 from trl_ext.plan import PlanError
 from trl_ext.recipe import load_recipe
@@ -165,12 +168,12 @@ def kept_of(x, share):
     return (keys >= ranked[int(count) - 1]) & x.mask.bool()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize("normalizer", ["kept", "original"])
 def test_gradient_has_the_denominator(tmp_path, monkeypatch, loss_type, normalizer):
     """On policy d loss / d logp = -A / Z on kept tokens, 0 elsewhere: with the selection as a constant.
 
-    Z: N times the row's kept tokens (grpo), all kept tokens (dapo, bnpo); original: M times the row's tokens, or all
+    Z: N times the row's kept tokens (grpo), all kept tokens (dapo); original: M times the row's tokens, or all
     that were generated.
     """
     seen = spied(monkeypatch)
@@ -191,6 +194,19 @@ def test_gradient_has_the_denominator(tmp_path, monkeypatch, loss_type, normaliz
         z = 4 * keep.sum(1, keepdim=True).clamp(min=1) if per_row else keep.sum()
     else:
         z = 8 * x.mask.sum(1, keepdim=True) if per_row else whole["completion_mask"].sum()
+    expected = torch.where(keep, -x.advantages.unsqueeze(1) / z, 0.0)
+    torch.testing.assert_close(x.logps.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", ["kept", "original"])
+def test_gradient_of_bnpo_without_the_sample_stage(tmp_path, monkeypatch, normalizer):
+    """bnpo divides by the micro-batch's tokens: the kept ones, or all."""
+    seen = spied(monkeypatch)
+    tokens = {"sample_start": 1, "sample_end": 1, "token_start": 0.5, "token_end": 0.5, "normalizer": normalizer}
+    train(tmp_path, {"d3s": tokens}, loss_type="bnpo", max_steps=1)
+    (x,) = seen
+    keep = kept_of(x, 0.5)
+    z = keep.sum() if normalizer == "kept" else x.mask.sum()
     expected = torch.where(keep, -x.advantages.unsqueeze(1) / z, 0.0)
     torch.testing.assert_close(x.logps.grad, expected, rtol=1e-4, atol=1e-6)
 
@@ -305,17 +321,31 @@ def test_the_seed_decides_ties_in_training(tmp_path, monkeypatch):
     assert rows["first"] == rows["again"] != rows["other"]
 
 
+@dataclass(frozen=True)
+class EntropyBonus(Method):
+    """The mean over kept rows of their mean entropy, with `row_scale` as the contract says."""
+
+    name = "bonus"
+    title = paper = "none"
+
+    def aux_loss(self, x):
+        mean = ((x.entropy * x.mask).sum(1) / x.mask.sum(1).clamp(min=1)).mean() * x.row_scale
+        x.metrics.mean("H", mean)
+        return -mean
+
+
 @pytest.mark.parametrize("size", [4, 1])
-def test_epo_beside_it_averages_over_kept_rows(tmp_path, size):
-    """Its mean over rows does not count fillers: the same loss however the rows are split."""
-    methods = {"d3s": HALF | {"scope": "generation_batch"}, "epo": {"coefficient": 1.0}}
+def test_a_mean_over_rows_beside_it_averages_over_kept_rows(tmp_path, monkeypatch, size):
+    """It does not count fillers: the same loss however the rows are split."""
+    monkeypatch.setitem(METHODS, "bonus", EntropyBonus)
+    methods = {"d3s": HALF | {"scope": "generation_batch"}, "bonus": {}}
     kwargs = {"max_steps": 1, "loss_type": "grpo", "optim": "sgd", "learning_rate": 0.1}
     one = train(tmp_path, methods, **kwargs)
     kwargs |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
     many = train(tmp_path, methods, **kwargs)
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(many)[name], value, rtol=1e-3, atol=1e-6)
-    found = [trainer.state.log_history[0]["epo/L_H"] for trainer in (one, many)]
+    found = [trainer.state.log_history[0]["bonus/H"] for trainer in (one, many)]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
@@ -325,14 +355,49 @@ def test_stages_inside_groups(tmp_path, sample_stage, kept):
     assert train(tmp_path, {"d3s": settings}, max_steps=1).state.log_history[0]["d3s/N"] == kept
 
 
-def test_ranks_by_what_methods_before_it_made_of_the_advantages(tmp_path, monkeypatch):
-    """token_advantages is handed (B, T) advantages: the key uses |A_{i,t}|."""
+RAMP = torch.tensor([1.0, 9.0, 1.0, 9.0, 1.0, 9.0])
+
+
+@dataclass(frozen=True)
+class Advantages(Method):
+    name = "advantages"
+    title = paper = "none"
+
+    def token_advantages(self, advantages, x):
+        return advantages.unsqueeze(1) * RAMP[: x.mask.size(1)] + 0.1
+
+
+@dataclass(frozen=True)
+class Weights(Method):
+    name = "weights"
+    title = paper = "none"
+
+    def token_weights(self, weights, x):
+        return weights * RAMP[: x.mask.size(1)]
+
+
+@pytest.mark.parametrize(
+    "order", [("advantages", "d3s"), ("d3s", "advantages"), ("weights", "d3s"), ("d3s", "weights")], ids="+".join
+)
+@pytest.mark.parametrize("normalizer", ["kept", "original"])
+def test_ranks_by_final_advantages_and_by_weights_before_it(tmp_path, monkeypatch, order, normalizer):
+    """No order puts loss back on a dropped token; weights of a method named after it only scale the kept ones."""
     seen = spied(monkeypatch)
-    train(tmp_path, {"d3s": HALF}, max_steps=1)
-    x = seen[0].for_method("d3s")
-    only_first = x.advantages.unsqueeze(1) * (torch.arange(x.mask.size(1)) == 0)
-    found = D3S(**HALF).token_advantages(only_first, x)
-    assert bool((found[:, 1:] == 0).all()) and bool((found[:, 0] != 0).any())
+    for cls in (Advantages, Weights):
+        monkeypatch.setitem(METHODS, cls.name, cls)
+    d3s = NEUTRAL | {"token_start": 0.5, "token_end": 0.5, "normalizer": normalizer}
+    train(tmp_path, {name: d3s if name == "d3s" else {} for name in order}, max_steps=1, loss_type="grpo")
+    (x,) = seen
+    ramp = RAMP[: x.mask.size(1)]
+    final = x.advantages.unsqueeze(1) * ramp + (0.1 if "advantages" in order else 0.0)
+    ranked = x.advantages.unsqueeze(1).expand_as(final) if order == ("d3s", "weights") else final
+    keys = (ranked.abs() * x.entropy.detach()).masked_fill(x.mask == 0, -1)
+    count = -(-int(x.mask.sum()) // 2)
+    keep = keys >= keys.flatten().sort(descending=True).values[count - 1]
+    assert int(keep.sum()) == count
+    kept = (keep if normalizer == "kept" else x.mask).sum(1, keepdim=True).clamp(min=1)
+    expected = torch.where(keep, -final / (8 * kept), 0.0)
+    torch.testing.assert_close(x.logps.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +406,8 @@ def test_ranks_by_what_methods_before_it_made_of_the_advantages(tmp_path, monkey
         ({}, {"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({}, {"loss_type": "dr_grpo"}, "normalizer: original"),
         ({"sample_stage": "intra+cross"}, {}, "group_keep"),
+        ({}, {"loss_type": "bnpo"}, "loss_type: grpo or dapo"),
+        ({}, {"entropy_coef": 0.01}, "leave entropy_coef at 0"),
         ({"group_keep": 2}, {}, "sample_stage: intra"),
         ({"sample_stage": "intra", "group_keep": 5}, {}, "more than num_generations 4"),
     ],
@@ -348,6 +415,11 @@ def test_ranks_by_what_methods_before_it_made_of_the_advantages(tmp_path, monkey
 def test_clashes_name_the_flag(tmp_path, settings, kwargs, words):
     with pytest.raises(PlanError, match=words):
         trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"d3s": settings})
+
+
+def test_without_the_sample_stage_there_are_no_fillers_to_refuse(tmp_path):
+    tokens = {"d3s": {"sample_start": 1, "sample_end": 1}}
+    trl_ext.GRPOConfig(**grpo_args(str(tmp_path), loss_type="bnpo", entropy_coef=0.01), methods=tokens)
 
 
 def test_sequence_ratio_is_allowed(tmp_path):

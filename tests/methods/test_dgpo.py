@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import trl_ext
@@ -194,11 +194,49 @@ def test_distance_is_to_the_starting_model(tmp_path, monkeypatch, lora):
     assert found[0].max() < 1e-6 and found[2].max() > 1e-3, "it starts at the reference and moves away"
 
 
+def trained_adapter():
+    """A model with an adapter that already does something."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_path())
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("policy", ["current", "rollout"])
+def test_distance_is_to_the_adapter_that_trains_on(tmp_path, policy):
+    """Passed in as a PeftModel: at step 0 d = 0, though the bare base is far; a resumed run keeps that start."""
+    model, ids = trained_adapter(), torch.arange(40, 60).unsqueeze(0)
+    with torch.no_grad():
+        adapted = model(ids).logits[0].log_softmax(-1)
+        with model.disable_adapter():
+            bare = model(ids).logits[0].log_softmax(-1)
+    assert hellinger(adapted, bare).max() > 1e-2
+
+    def run(folder, resume=None):
+        kwargs = {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}
+        methods = {"dgpo": {"tau": 0.05, "policy": policy}}
+        args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path / folder), **kwargs), methods=methods)
+        trainer = trl_ext.GRPOTrainer(trained_adapter(), letters_reward, args, prompts())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    log = whole.state.log_history
+    assert "ref" not in whole.model.peft_config
+    assert log[0]["dgpo/d_max"] < 1e-6 < 1e-4 < log[2]["dgpo/d_max"]
+    again = run("again", resume=str(tmp_path / "whole/checkpoint-2"))
+    assert_equal(weights(again), weights(whole))
+
+
 def test_first_step_is_grpo(tmp_path):
     """d = 0, so w = 1: one step from the start is plain GRPO's up to rounding."""
     with_dgpo, without = (weights(train(tmp_path, m, max_steps=1)) for m in ("dgpo", None))
     for name, value in without.items():
         torch.testing.assert_close(with_dgpo[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_neutral_setting_is_not_refused(tmp_path):
+    kwargs = {"beta": 0.1, "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5}
+    trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"dgpo": {"tau": math.inf}})
 
 
 @pytest.mark.parametrize("lora", [False, True])

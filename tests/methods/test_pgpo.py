@@ -463,6 +463,18 @@ def test_clashes_name_the_flag(tmp_path, settings, kwargs, words):
         trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"pgpo": settings})
 
 
+@pytest.mark.parametrize("order", [("pgpo", "velocity_rank"), ("velocity_rank", "pgpo")], ids="+".join)
+def test_a_bonus_at_the_last_token_is_refused(tmp_path, order):
+    def config(pgpo, bonus_on):
+        settings = {"pgpo": pgpo, "velocity_rank": {"bonus_on": bonus_on}}
+        trl_ext.GRPOConfig(**grpo_args(str(tmp_path)), methods={name: settings[name] for name in order})
+
+    with pytest.raises(PlanError, match="set velocity_rank's bonus_on: response"):
+        config(DIGITS, "last_token")
+    config(DIGITS, "response")
+    config(DIGITS | {"threshold": 0, "boost": 0}, "last_token")
+
+
 def test_a_text_model_needs_evidence(tmp_path):
     with pytest.raises(PlanError, match="this model takes none; name what to hide"):
         train(tmp_path, "pgpo")

@@ -3,7 +3,7 @@
 Paper: "CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning",
 arXiv 2510.00819. Card: capo. A second-order model of one token's update, restricted to the LM head. For a token with
 final state h (H,), its K largest logits S, their softmax pi (K,), the indicator e of the sampled token in S (zeros if
-it is not there), advantage A and learning rate lr:
+it is not there), advantage A (A_t where another method makes token advantages) and learning rate lr:
 
     v = e - pi        g = A v h^T  (K, H)        u = G h        s = v . u        F u = pi u - pi (pi . u)
     m_H = lr A s + lr^2/2 A (s^2 - u . F u)      the objective's change: second-order Taylor of A pi_new/pi_old - A
@@ -26,9 +26,10 @@ are. With LoRA the head is usually frozen and the model is a proxy: set the thre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from trl_ext.method import HIDDEN, Group, LossInput, Method, Setup, param
 PRESETS = {"capo": (1e-4, 1e-2), "dr_capo": (1e-3, 5e-4), "rein_capo": (1e-5, 1e-1)}
 """Variant -> (tau_F, tau_H). Card: README and recipe names of the official code."""
 Gather = Callable[[Tensor], tuple[Tensor, slice]]
+WEIGHTS = "capo predicts each token's step from its advantage, before token weights are known; name only one of them"
 
 
 # One token's model
@@ -185,6 +187,7 @@ class Capo(Method):
     title = "CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning"
     paper = "2510.00819"
     headline = ("rejected", "m_F_p99", "m_H_p99")
+    conflicts: ClassVar = dict.fromkeys(("dgpo", "pgpo", "d3s"), WEIGHTS)
 
     preset: str = param(
         "capo",
@@ -233,6 +236,10 @@ class Capo(Method):
     def _on(self) -> bool:
         return any(tau > 0 for tau in self.taus)
 
+    @property
+    def _can_reject(self) -> bool:
+        return any(0 < tau < math.inf for tau in self.taus)
+
     def needs(self) -> frozenset[str]:
         return frozenset({HIDDEN}) if self._on else frozenset()
 
@@ -243,9 +250,11 @@ class Capo(Method):
         return f"top {self.top_k} logits of each token and their gradients, in blocks{moments}; no extra forward"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = []
+        problems = self._other_advantages(setup.methods)
+        if not self._on and self.preset != "rein_capo":
+            return problems
         loss_type = getattr(setup.args, "loss_type", "grpo")
-        if loss_type in ops.TOKEN_MEAN:
+        if self._can_reject and loss_type in ops.TOKEN_MEAN:
             problems.append(
                 f"loss_type {loss_type} divides by a token count that is fixed at rollout time, which rejected tokens "
                 "cannot leave; set loss_type: grpo (or dr_grpo with preset: dr_capo)"
@@ -254,6 +263,19 @@ class Capo(Method):
         if self.optim_model == "adam" and self._on and "adam" not in optim:
             problems.append(f"optim_model adam does not describe optim: {optim}; set optim_model: sgd, or an AdamW")
         return problems + self._variant_problems(setup.args, loss_type)
+
+    def _other_advantages(self, names: Sequence[str]) -> list[str]:
+        """rein_capo's advantage is the reward itself: it and another method's would undo each other."""
+        from trl_ext.methods import METHODS
+
+        if self.preset != "rein_capo":
+            return []
+        others = [name for name in names if name in METHODS and name != self.name]
+        return [
+            f"preset rein_capo and {name} both replace the group's advantages; set preset: capo, or name only one of them"
+            for name in others
+            if METHODS[name].group_advantages is not Method.group_advantages
+        ]
 
     def _variant_problems(self, args: Any, loss_type: str) -> list[str]:
         if args is None or self.preset == "capo":
@@ -277,11 +299,6 @@ class Capo(Method):
 
     # Loss
 
-    def token_advantages(self, advantages: Tensor, x: LossInput) -> Tensor:
-        """Changes nothing; remembers A, or A_t where a method that is named before this one made token advantages."""
-        x.scratch["advantages"] = advantages
-        return advantages
-
     @torch.no_grad()
     def loss_mask(self, mask: Tensor, x: LossInput) -> Tensor:
         if not self._on:
@@ -296,7 +313,7 @@ class Capo(Method):
     def _shifts(self, valid: Tensor, x: LossInput) -> tuple[Tensor, Tensor]:
         """m_H and m_F (N,) of the valid tokens; what the moments need later is left in the scratch."""
         assert x.policy is not None  # HIDDEN is declared
-        head, hidden, advantages = x.policy.head, x.policy.at(valid), x.scratch["advantages"].float()
+        head, hidden, advantages = x.policy.head, x.policy.at(valid), x.advantages.float()
         advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(valid)[valid]
         ids, probs, v = top_k_view(head, hidden, x.completion_ids[valid], self.top_k)
         hidden, weights = hidden.float() * (head.scale / head.temperature), advantages.unsqueeze(1) * v

@@ -5,8 +5,12 @@ arXiv 2509.22115. Card: d3s. For the pool of M = P * G rollouts of one generatio
 
     A_i  = TRL's advantage, normalised in the full group and never again
     S    = argmax over subsets of the pool with |S| = N of Var(A_S)       population variance; all processes together
-    key  = |A_{i,t}| * H_{i,t};  keep the top K of all valid tokens of S, in one ranking     H detached
+    key  = |w_{i,t} A_{i,t}| * H_{i,t};  keep the top K of all valid tokens of S, in one ranking     H detached
     [N(p) / M, K(p)] = (1 - p) [N_init, K_init] + p [N_final, K_final]
+
+A_{i,t} is A_i and w is 1 unless other methods change them: the key takes the advantages that all of them made, and the
+weights of those that are named before it. Dropped tokens get weight 0, so nothing puts loss back on them.
+With `scope: generation_batch` tokens are ranked before the loss, by the sequence's A_i alone.
 
 Only the policy term is cut to the kept tokens; the reference KL counts all tokens of kept rollouts (card: inferred).
 Dropped rollouts leave the batch before the loss's forward and backward (`keep_rows`). What TRL's contract forbids: the
@@ -20,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,13 +91,16 @@ def select_tokens(keys: Tensor, share: float) -> Tensor:
     return ops.top_k_mask(keys, count) | (keys.max() <= 0)
 
 
+MEASURES = "one measures the policy on all rollouts, and d3s leaves it only their extremes; name only one of them"
+
+
 @dataclass(frozen=True)
 class D3S(Method):
     """Keeps the rollouts of largest advantage variance and their tokens of largest |A| x entropy, more of both with time.
 
-    All four shares at 1 is TRL bit for bit. Methods that change advantages (per rollout or per token) and stand before
-    it in the recipe are what it ranks by. With a sequence-level ratio (GSPO) the token stage only weights each
-    sequence's term. Metrics: see `_log_rollouts` and `_log_tokens`.
+    All four shares at 1 is TRL bit for bit. It ranks tokens by the final advantages, and by the token weights of methods
+    named before it; weights of methods named after it scale the tokens that stay. With a sequence-level ratio (GSPO)
+    the token stage only weights each sequence's term. Metrics: see `_log_rollouts` and `_log_tokens`.
     """
 
     name = "d3s"
@@ -102,6 +109,7 @@ class D3S(Method):
     conflicts: ClassVar = {
         "high_entropy": "both pick tokens by entropy and divide by what is left; name d3s alone, or high_entropy alone",
         "real": "it drops group members too, and groups become ragged; name only one of them",
+        **dict.fromkeys(("epo", "dcpo", "velocity_rank"), MEASURES),
     }
     headline = ("N", "K", "var_after", "token_use")
 
@@ -137,7 +145,8 @@ class D3S(Method):
     )
     scope: str = param(
         "micro_batch",
-        "tokens ranked together: the micro-batch of all processes, or the generation batch at rollout time",
+        "tokens ranked together: the micro-batch of all processes, or the generation batch at rollout time (then by the "
+        "sequence advantages, without other methods' token advantages and weights)",
         source="card: open question 5",
         choices=("micro_batch", "generation_batch"),
     )
@@ -188,6 +197,11 @@ class D3S(Method):
             and self.group_keep is not None,
             f"group_keep {self.group_keep} is more than num_generations {group}": group is not None
             and (self.group_keep or 0) > group,
+            "loss_type bnpo averages each micro-batch over its own tokens, and one of dropped rollouts alone would count as "
+            "0; set loss_type: grpo or dapo, or sample_start and sample_end: 1": self._samples and loss_type == "bnpo",
+            "TRL's entropy bonus averages over micro-batches, and one of dropped rollouts alone would count as 0; leave "
+            "entropy_coef at 0 and use_adaptive_entropy off, or set sample_start and sample_end: 1": self._samples
+            and _entropy_bonus(setup.args),
             "drops rows from the batch, which is text-only so far; train a text model": bool(setup.images)
             and self._samples,
         }
@@ -256,31 +270,28 @@ class D3S(Method):
     def _token_share(self, step: int, run: RunShape) -> float:
         return linear(_progress(step, run), self.token_start, self.token_end)
 
-    def token_advantages(self, advantages: Tensor, x: LossInput) -> Tensor:
-        """Advantages (B, T) that are 0 on dropped tokens and carry the change of denominator on kept ones."""
+    def token_weights(self, weights: Tensor, x: LossInput) -> Tensor:
+        """Weights (B, T) that are 0 on dropped tokens and carry the change of denominator on kept ones."""
         if not (self._samples or self._cuts_tokens):
-            return advantages
-        keep = self._kept_tokens(advantages, x)
+            return weights
+        keep = self._kept_tokens(weights, x)
         self._log_tokens(x, x.mask.to(x.entropy.dtype) if keep is None else keep[0])
         if keep is not None:
-            weights = keep[0]
-            if self.normalizer == "kept":
-                weights = kept_weights(keep[0], x.mask, x.loss_type, keep[1])
-            advantages = _per_token(advantages) * weights
+            own = kept_weights(keep[0], x.mask, x.loss_type, keep[1]) if self.normalizer == "kept" else keep[0]
+            weights = weights * own
         if self.normalizer == "original" and self._samples:
-            by_token = x.loss_type in (*ops.TOKEN_MEAN, "bnpo")
-            share = x.streams["token_share" if by_token else "row_share"]
-            advantages = advantages * (share if advantages.dim() == 1 else share.unsqueeze(1))
-        return advantages
+            share = x.streams["token_share" if x.loss_type in ops.TOKEN_MEAN else "row_share"]
+            weights = weights * share.unsqueeze(1)
+        return weights
 
-    def _kept_tokens(self, advantages: Tensor, x: LossInput) -> tuple[Tensor, Tensor] | None:
+    def _kept_tokens(self, weights: Tensor, x: LossInput) -> tuple[Tensor, Tensor] | None:
         """The token mask (B, T) and n / kept, (1,) or (B, 1); None when all tokens stay."""
         if not self._cuts_tokens:
             return None
         if self._at_rollout:
-            return x.streams["tokens"], x.streams["all_over_kept"].unsqueeze(1)
+            return x.streams["tokens"] * x.mask, x.streams["all_over_kept"].unsqueeze(1)
         share = self._token_share(x.step, x.run)
-        return _rank(advantages, x.entropy.detach(), x.mask, share, x.gather)
+        return _rank(_per_token(x.advantages) * weights, x.entropy.detach(), x.mask, share, x.gather)
 
     def _log_tokens(self, x: LossInput, keep: Tensor) -> None:
         entropy, generated = x.entropy.detach(), x.streams["generated"].sum()
@@ -292,6 +303,10 @@ class D3S(Method):
 
 def _progress(step: int, run: RunShape) -> float:
     return min(1.0, step / max(1, run.max_steps))
+
+
+def _entropy_bonus(args: Any) -> bool:
+    return bool(getattr(args, "entropy_coef", 0.0) or getattr(args, "use_adaptive_entropy", False))
 
 
 def _per_token(advantages: Tensor) -> Tensor:

@@ -179,6 +179,7 @@ class Dcpo(Method):
         rho = rho if self.rho_cap is None else rho.clamp(max=self.rho_cap)
         here = x.mask * positive.unsqueeze(1)
         x.metrics.mean("rho_mean", rho, here)
+        # the mean over positive sequences of the largest rho in the row
         x.metrics.mean("rho_max", (rho * here).amax(1), here.any(1))
         return mixed_advantages(advantages, positive, rho, alpha).to(x.advantages.dtype)
 

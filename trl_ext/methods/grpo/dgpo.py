@@ -96,6 +96,8 @@ class Dgpo(Method):
         return "one reference forward per micro-batch, all tokens projected twice; without gradient"
 
     def check(self, setup: Setup) -> list[str]:
+        if not self._active:
+            return []
         problems, args = [], setup.args
         if getattr(args, "beta", 0.0) != 0:
             problems.append("it replaces the KL penalty; set beta: 0.0")

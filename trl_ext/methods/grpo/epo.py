@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,6 @@ class Epo(Method):
     name = "epo"
     title = "EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning"
     paper = "2509.22576"
-    conflicts: ClassVar = {"dcpo": "both steer the entropy; name only one of them"}
     headline = ("Hbar", "Hw", "L_H", "L_smooth")
 
     coefficient: float = param(0.001, "lambda, weight of both terms", source="card: paper", ge=0)

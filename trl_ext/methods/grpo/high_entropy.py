@@ -140,7 +140,7 @@ class HighEntropy(Method):
         if self.quantile == 0:
             return weights
         if self._at_rollout:
-            keep, all_over_kept = x.streams["keep"], x.streams["all_over_kept"].unsqueeze(1)
+            keep, all_over_kept = x.streams["keep"] * x.mask, x.streams["all_over_kept"].unsqueeze(1)
         else:
             keep, all_over_kept, threshold = self._select(x.entropy.detach(), x.mask, x.gather)
             x.metrics.mean("threshold", threshold)

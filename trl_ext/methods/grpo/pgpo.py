@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -136,6 +136,10 @@ class Pgpo(Method):
     title = "Not All Tokens See Equally: Perception-Grounded Policy Optimization for Large Vision-Language Models"
     paper = "2604.01840"
     headline = ("dependency", "above_threshold", "degenerate_rows")
+    conflicts: ClassVar = dict.fromkeys(
+        ("dgpo", "dcpo"),
+        "both weigh tokens, and pgpo's weights would not keep a response's mass; name only one of them",
+    )
 
     threshold: float = param(0.4, "tau: below it the weight falls towards 0", source="card: paper", ge=0, le=1)
     boost: float = param(2.0, "beta: the largest weight before Eq. 7 is 1 + beta", source="card: paper", ge=0)
@@ -181,6 +185,12 @@ class Pgpo(Method):
             problems.append(
                 "a weight per token on a ratio of the whole sequence is only a weight of that ratio; set "
                 "importance_sampling_level: token"
+            )
+        other = (getattr(setup.args, "methods", None) or {}).get("velocity_rank") or {}
+        if "velocity_rank" in setup.methods and other.get("bonus_on") == "last_token" and not self._neutral:
+            problems.append(
+                "velocity_rank's bonus at the last token makes token advantages, whose mass the weights would not keep; "
+                "set velocity_rank's bonus_on: response"
             )
         if self.evidence is not None and self.pattern is not None:
             problems.append("evidence and pattern both say what to hide; name only one of them")
@@ -252,6 +262,7 @@ class Pgpo(Method):
         return weights * found
 
     def _log(self, x: LossInput, scores: Tensor, mask: Tensor, weights: Tensor) -> None:
+        """Means over tokens; each `*_max` is the mean over sequences of the largest value in the row."""
         importance, alike = relative(scores, mask)
         plain = alike | x.streams["shown"]
         seen = mask * ~plain.unsqueeze(1)
