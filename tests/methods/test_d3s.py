@@ -419,7 +419,8 @@ def test_clashes_name_the_flag(tmp_path, settings, kwargs, words):
 
 def test_without_the_sample_stage_there_are_no_fillers_to_refuse(tmp_path):
     tokens = {"d3s": {"sample_start": 1, "sample_end": 1}}
-    trl_ext.GRPOConfig(**grpo_args(str(tmp_path), loss_type="bnpo", entropy_coef=0.01), methods=tokens)
+    args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path), loss_type="bnpo", entropy_coef=0.01), methods=tokens)
+    assert args.methods == tokens
 
 
 def test_sequence_ratio_is_allowed(tmp_path):

@@ -236,7 +236,8 @@ def test_first_step_is_grpo(tmp_path):
 
 def test_neutral_setting_is_not_refused(tmp_path):
     kwargs = {"beta": 0.1, "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5}
-    trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"dgpo": {"tau": math.inf}})
+    args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path), **kwargs), methods={"dgpo": {"tau": math.inf}})
+    assert args.methods == {"dgpo": {"tau": math.inf}}
 
 
 @pytest.mark.parametrize("lora", [False, True])
