@@ -50,6 +50,8 @@ def _merged(a: Asked, b: Asked) -> Asked:
     shared = [item for item in a.prompts if item in b.prompts]
     if len(shared) < 2:
         raise StoreError(f"{a.task}: the two reports share {len(shared)} questions; at least 2 are needed")
+    if a.thinking != b.thinking:
+        raise StoreError(f"{a.task}: one side's prompts open a thought and the other's do not, so no grade fits both")
     samples = min(a.sampling.samples, b.sampling.samples)
     return dataclasses.replace(
         a,

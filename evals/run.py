@@ -31,8 +31,6 @@ from evals.training_data import overlaps
 from trl_ext.rewards import make_reward
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "math-verify", "jsonschema-rs", "trl_ext")
-
-
 BASE = "base"
 OPEN_THOUGHT = "<think>"
 """Some chat templates open the thought in the prompt: a reply that ends before it closes has no answer."""
@@ -76,7 +74,7 @@ def one_thread(wanted: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ready:
-    """A task whose data is here: items of at most `limit` questions, and the fingerprint of all."""
+    """A task whose data is here: its items, of at most `limit` questions, and their fingerprint."""
 
     task: Task
     items: list[Item]
@@ -112,7 +110,8 @@ def check_settings(settings: Settings) -> None:
 def ready_tasks(settings: Settings) -> tuple[list[Ready], list[Skipped]]:
     """The tasks with their items; those whose data cannot be had are skipped, replaced or refused as `missing` says.
 
-    Raises DataError when no task is left, with what to do for each, and ValueError for sampling that makes no sense.
+    A stand-in is asked once, whoever needs it. Raises DataError when no task is left, with what to do for each, and
+    SettingsError for settings that make no sense.
     """
     check_settings(settings)
     found: list[Ready] = []
@@ -125,7 +124,8 @@ def ready_tasks(settings: Settings) -> tuple[list[Ready], list[Skipped]]:
                 raise
             skipped.append(Skipped(task.name, str(error)))
             stand_in = TASKS.get(task.stand_in or "")
-            if settings.missing == "stand-in" and stand_in is not None:
+            asked = {*(one.task.name for one in found), *(one.name for one in settings.tasks)}
+            if settings.missing == "stand-in" and stand_in is not None and stand_in.name not in asked:
                 note = (
                     f"asked instead of {task.name}, whose data cannot be had; it says nothing about {task.name} itself"
                 )

@@ -18,7 +18,8 @@ RUNS = "runs"
 
 @dataclass(frozen=True)
 class Plan:
-    """The base (`named` as the user or the run did), its adapters, whole models to compare it with, the tokenizer's folder or name, and runs for their data.
+    """The base (`named` as the user or the run did), its adapters, whole models to compare it with, the tokenizer's folder
+    or name, and runs for their data.
 
     `tokenizer` is the base's own unless asked otherwise: base and candidates get the same prompts. `repeats`: the
     candidates are training runs of one recipe (adapters without a run are taken for that).

@@ -190,6 +190,10 @@ def test_missing_data_is_skipped_replaced_or_refused(tmp_path: Path, monkeypatch
         ready_tasks(settings(tmp_path, *names, missing="fail"))
     with pytest.raises(DataError, match="no task can be run"):
         ready_tasks(settings(tmp_path, "aime24"))
+    ready, _ = ready_tasks(settings(tmp_path, "aime24", "aime25", missing="stand-in"))
+    assert [one.task.name for one in ready] == ["aime_synth"], "both years have one stand-in, which is asked once"
+    ready, _ = ready_tasks(settings(tmp_path, "aime24", "aime_synth", missing="stand-in"))
+    assert [one.task.name for one in ready] == ["aime_synth"], "nor is it asked again where it was named"
 
 
 def test_the_real_tasks_run_the_same_code_on_local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +286,18 @@ def test_what_differs_is_compared_when_it_is_allowed(tmp_path: Path) -> None:
     (task,) = result_of(merged).tasks
     assert (len(task.questions), task.samples) == (12, 1)
     assert any("compared although they differ" in note for note in merged.notes)
+
+
+def test_a_thinking_and_a_plain_report_are_not_graded_together(tmp_path: Path) -> None:
+    from evals.merge import compare_reports
+
+    for name, thinking in (("x", False), ("y", True)):
+        session = evaluation(settings(tmp_path, "aime_synth"), 0.5, **{name: 0.6}).go()
+        (tmp_path / name).mkdir()
+        asked = (dataclasses.replace(session.tasks[0], thinking=thinking),)
+        dataclasses.replace(session, tasks=asked).save(tmp_path / name)
+    with pytest.raises(StoreError, match="one side's prompts open a thought"):
+        compare_reports(tmp_path / "x", tmp_path / "y", allow_mismatch=True)
 
 
 def test_reports_of_one_name_are_two_subjects(tmp_path: Path) -> None:
