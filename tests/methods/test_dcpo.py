@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 
 import trl_ext
+from tests.methods import training
 from tests.parity.test_grpo import assert_same
-from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
+from tests.tiny import assert_equal, grpo_args, letters_reward, weights
 from trl_ext import memory
 from trl_ext.method import ENTROPY_AT_ROLLOUT, HIDDEN, POLICY, Method
 from trl_ext.methods import METHODS
@@ -118,16 +119,8 @@ def score(completions, **kwargs):
     return [max(0.0, 2 * value - 0.4) for value in letters_reward(completions)]
 
 
-def make(folder, methods, lora=False, rewards=score, **kwargs):
-    args = trl_ext.GRPOConfig(**grpo_args(str(folder), **{"loss_type": "grpo"} | kwargs), methods=methods)
-    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None
-    return trl_ext.GRPOTrainer(tiny_path(), rewards, args, prompts(), peft_config=peft_config)
-
-
-def train(folder, methods, resume=None, **kwargs):
-    trainer = make(folder, methods, **kwargs)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+make = functools.partial(training.make, rewards=score)
+train = functools.partial(training.train, rewards=score)
 
 
 @pytest.fixture

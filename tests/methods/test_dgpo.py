@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import trl_ext
+from tests.methods.training import make, train
 from tests.parity.test_grpo import assert_same
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext.forward import Head, per_position_detached
@@ -129,18 +130,6 @@ def test_blocks_are_one_block_and_small():
 
 
 # In the trainer
-
-
-def make(folder, methods, lora=False, **kwargs):
-    args = trl_ext.GRPOConfig(**grpo_args(str(folder), **{"loss_type": "grpo"} | kwargs), methods=methods)
-    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None
-    return trl_ext.GRPOTrainer(tiny_path(), letters_reward, args, prompts(), peft_config=peft_config)
-
-
-def train(folder, methods, resume=None, **kwargs):
-    trainer = make(folder, methods, **kwargs)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 @pytest.fixture
