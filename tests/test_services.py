@@ -124,7 +124,7 @@ class Others(Probe):
     def needs(self):
         return frozenset({TEACHER, REFERENCE})
 
-    def sync_teacher(self, step):
+    def sync_teacher(self, step, run):
         return step in (0, 2)
 
     def aux_loss(self, x):

@@ -79,7 +79,7 @@ class Others(Probe):
     def needs(self):
         return frozenset({TEACHER, REFERENCE, HIDDEN})
 
-    def sync_teacher(self, step):
+    def sync_teacher(self, step, run):
         return step == 0
 
     def streams(self, rollout):

@@ -16,22 +16,38 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_ext import checkpoints
 from trl_ext.forward import Features, Snapshot, base_model, evaluating, head_of, weights_of
+from trl_ext.gradients import GradientWatch
 from trl_ext.hidden_prompt import attending
-from trl_ext.method import REFERENCE, TEACHER, Metrics, OptimizerStep, Setup
+from trl_ext.method import (
+    GRADIENT_NOISE,
+    REF_LOGPS,
+    REFERENCE,
+    TEACHER,
+    GradientNoise,
+    Metrics,
+    OptimizerStep,
+    Setup,
+)
 from trl_ext.plan import Plan, make_plan
 from trl_ext.quantized import keep_trainable
 
 logger = get_logger(__name__)
 
 
-class _BeginStep(TrainerCallback):
-    """Refreshes the teacher before the first micro-batch of an optimizer step."""
+class _Steps(TrainerCallback):
+    """Around an optimizer step: the teacher before its first micro-batch, the learning rate for the update alone."""
 
     def __init__(self, trainer: MethodTrainer) -> None:
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._sync_teacher(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._after_update()
 
 
 class MethodTrainer:
@@ -44,6 +60,8 @@ class MethodTrainer:
     _reference: Snapshot | None = None
     _continues_adapter: bool = False
     _loss_not_finite: Tensor | None = None
+    _gradients: GradientWatch | None = None
+    _scheduled_rates: list[float] | None = None
 
     # Set by TRL's trainer
     accelerator: Any
@@ -53,6 +71,7 @@ class MethodTrainer:
     ref_model: Any
     state: Any
     _metrics: dict[str, Any]
+    _run_shape: Any
 
     def _make_plan(self, trainer: str, args: Any, model: Any = None) -> None:
         """Before the model is loaded: a plan that cannot run fails here. `model` as the user passed it."""
@@ -64,10 +83,13 @@ class MethodTrainer:
         self._method_metrics = Metrics()
         self.plan.check(setup)
         keep_trainable(self.model)
-        if REFERENCE in self.plan.needs() and self.ref_model is None and self._starts_from_trained():
+        wanted = {REFERENCE, REF_LOGPS} & self.plan.needs()
+        if wanted and self.ref_model is None and self._starts_from_trained():
             self._reference = Snapshot(self._unwrapped())
-        if TEACHER in self.plan.needs():
-            self.add_callback(_BeginStep(self))  # type: ignore[attr-defined]
+        if GRADIENT_NOISE in self.plan.needs():
+            self._gradients = GradientWatch(self.accelerator.num_processes)
+        if TEACHER in self.plan.needs() or self.plan.using("observe_gradients", "learning_rate"):
+            self.add_callback(_Steps(self))  # type: ignore[attr-defined]
 
     def _starts_from_trained(self) -> bool:
         """Whether the starting model is in the trained weights alone: in full, or in an adapter that trains on.
@@ -91,11 +113,36 @@ class MethodTrainer:
     # Services
 
     def _sync_teacher(self, step: int) -> None:
-        if any(method.sync_teacher(step) for method in self.plan.using("sync_teacher")):
+        if any(method.sync_teacher(step, self._run_shape()) for method in self.plan.using("sync_teacher")):
             if self._teacher is None:
                 self._teacher = Snapshot(self._unwrapped())
             else:
                 self._teacher.refresh()
+
+    def _before_update(self) -> None:
+        """Gradient statistics to the methods, then their learning rate for this update."""
+        found = self._gradients.result() if self._gradients else None
+        if found is not None:
+            own, square_of_mean, samples = found
+            squares, count = self.accelerator.reduce(own, reduction="sum").tolist()
+            noise = GradientNoise(
+                squares / count, float(square_of_mean), samples, self.state.global_step, self._metrics_store()
+            )
+            for method in self.plan.using("observe_gradients"):
+                method.observe_gradients(noise.for_method(method.name))
+        changing = self.plan.using("learning_rate")
+        if changing:
+            self._scheduled_rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group in self.optimizer.param_groups:
+                for method in changing:
+                    group["lr"] = method.learning_rate(float(group["lr"]), self.state.global_step)
+
+    def _after_update(self) -> None:
+        """The scheduler goes on from its own rates."""
+        if self._scheduled_rates is not None:
+            for group, rate in zip(self.optimizer.param_groups, self._scheduled_rates, strict=True):
+                group["lr"] = rate
+            self._scheduled_rates = None
 
     def _optimizer_step(self) -> OptimizerStep:
         group = self.optimizer.param_groups[0]
@@ -168,6 +215,10 @@ class MethodTrainer:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's step. Losses that are not finite are counted: `logging_nan_inf_filter` shows an average in their place."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self._gradients is not None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self._gradients.after_backward(self.model.parameters(), scale)
         bad = (~torch.isfinite(loss.detach())).sum()
         self._loss_not_finite = bad if self._loss_not_finite is None else self._loss_not_finite + bad
         return loss

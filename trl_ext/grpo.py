@@ -17,14 +17,14 @@ import torch
 import trl
 from torch import Tensor
 
-from trl_ext import checkpoints, kept_rows, ops
+from trl_ext import checkpoints, kept_rows, ops, whole_groups
 from trl_ext.batch import images_of, loss_mask_of, model_images, replaced, whole
 from trl_ext.compat import check_trl
+from trl_ext.coupled import CoupledRows
 from trl_ext.forward import Features, captured_hidden
 from trl_ext.hidden_prompt import cannot_hide, image_tokens, without
 from trl_ext.method import HIDDEN, HIDE_PROMPT, LossInput, Setup
 from trl_ext.plan import PlanError, make_plan, normalise
-from trl_ext.rollout_hooks import RolloutHooks
 
 check_trl()
 _CHOICES = {
@@ -60,7 +60,7 @@ class GRPOConfig(trl.GRPOConfig):
         make_plan(self.methods, "grpo", Setup(self))
 
 
-class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(CoupledRows, trl.GRPOTrainer):  # type: ignore[misc]
     """Drop-in for `trl.GRPOTrainer`; `args.methods` names the papers. See `trl_ext.method` for what they may change.
 
     Raises PlanError before the model is loaded when the methods cannot run as configured.
@@ -91,7 +91,13 @@ class GRPOTrainer(RolloutHooks, trl.GRPOTrainer):  # type: ignore[misc]
         if not (self.model.training and self.plan.in_loss):
             return super()._compute_loss(model, inputs)
         forward, features = self._forward(model, inputs)
+        if self._couples() == whole_groups.MICRO_BATCH:
+            inputs = inputs | self._coupled_values([inputs], forward[0].detach())[0]
         x = self._loss_input(inputs, forward, features)
+        if self.plan.using("distill_weights"):
+            ones = x.advantages.new_ones(x.mask.size(0))
+            weights = self.plan.fold("distill_weights", ones, x)
+            x = dataclasses.replace(x, distill_weights=None if weights is ones else weights)
         view, surrogate = self._transformed(inputs, x)
         beta = self.beta
         for method in self.plan.using("kl_coef"):

@@ -37,8 +37,10 @@ ENTROPY_AT_ROLLOUT = "entropy_at_rollout"
 HIDE_PROMPT = "hide_prompt"
 """Forwards without gradient per rollout in which part of the prompt is hidden."""
 REF_LOGPS = "ref_logps"
-"""Reference log-probabilities of the sampled tokens: TRL computes them when `beta` is not zero."""
-NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, HIDE_PROMPT, REF_LOGPS}
+"""Reference log-probabilities of the sampled tokens: TRL's when `beta` is not zero, else one forward per rollout."""
+GRADIENT_NOISE = "gradient_noise"
+"""Squared norms of the micro-batches' own gradients, for `observe_gradients`: a copy of the accumulated gradient."""
+NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, HIDE_PROMPT, REF_LOGPS, GRADIENT_NOISE}
 
 
 def param(
@@ -123,8 +125,10 @@ class Group:
     """All completions of one rollout on all processes, in whole groups.
 
     `rewards` (P, G, F) float32, NaN where a function returned None, as `shape_rewards` left them (in that hook: as the
-    functions gave them); `advantages` (P, G); `lengths` (P, G) completion
+    functions gave them); `reward_weights` (F,); `advantages` (P, G); `lengths` (P, G) completion
     tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
+    `drawn` (P,) rows of the training set, if a `choose_prompts` chose them; `measured`: this method's `measure`, (P, G)
+    each; `seed` the run's.
     """
 
     rewards: Tensor
@@ -135,8 +139,98 @@ class Group:
     step: int
     run: RunShape
     metrics: Metrics
+    reward_weights: Tensor
+    seed: int
+    drawn: Tensor | None = None
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """(P, G): the weighted sum of the rewards, as TRL sums them; NaN counts as nothing."""
+        return (self.rewards * self.reward_weights).nansum(-1)
+
+    def reward(self, name: str | None) -> Tensor:
+        """(P, G): the raw reward called `name`, 0 where it is NaN; None: `total`. ValueError for an unknown name."""
+        if name is None:
+            return self.total
+        if name not in self.reward_names:
+            raise ValueError(f"no reward is called '{name}'; this run has: {', '.join(self.reward_names)}")
+        return self.rewards[..., list(self.reward_names).index(name)].nan_to_num()
 
     def for_method(self, name: str) -> Group:
+        """The same data as one method sees it: what it measured without prefix, its own metric names."""
+        own = own_values(self.measured, name)
+        return dataclasses.replace(self, metrics=self.metrics.under(name), measured=own)
+
+
+def own_values(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those that `name` put there, without its prefix."""
+    prefix = f"{name}/"
+    return {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the next rollout asks for: `count` different rows of a training set of `size`, for all processes together.
+
+    Every process asks and must get the same answer. `seed` is the run's, `step` optimizer steps done so far.
+    """
+
+    count: int
+    size: int
+    seed: int
+    step: int
+    metrics: Metrics
+
+    def for_method(self, name: str) -> Draw:
+        """The same data; metrics get the method's name as prefix."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows whose losses depend on one another, in whole groups, with log-probs under the weights that the loss will see.
+
+    They are those of one micro-batch, if it holds whole groups; else those of the coming optimizer step (of one rollout,
+    where several rollouts make a step); else of the rollout on all processes. `mask` (rows, T) loss tokens.
+
+    Services: `drift()` (rows, T) is log pi_theta - log pi_old of the sampled tokens without gradient, and
+    `logps()` (rows, T) is log pi_theta: both cost a forward unless the weights or the micro-batch give it away (`drift`
+    is zero as long as the weights are those that sampled); `ref_logps` (rows, T) or None; `streams`: this method's, for
+    these rows. `by_group(values)` (rows,) -> (P, G) whole groups, `own(values)` (P, G) -> (rows,) back.
+    """
+
+    mask: Tensor
+    drift: Callable[[], Tensor]
+    logps: Callable[[], Tensor]
+    ref_logps: Tensor | None
+    streams: Mapping[str, Tensor]
+    by_group: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor], Tensor]
+    step: int
+    run: RunShape
+    metrics: Metrics
+
+    def for_method(self, name: str) -> StepRows:
+        """The same data as one method sees it: its own streams without prefix, its own metric names."""
+        return dataclasses.replace(self, streams=own_values(self.streams, name), metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """How far the micro-batch gradients of one optimizer step agree, before clipping.
+
+    `mean_square`: mean of ||g_k||^2 over the micro-batches; `square_of_mean`: ||mean of g_k||^2; `samples` M
+    micro-batches over all processes. `step` optimizer steps done so far.
+    """
+
+    mean_square: float
+    square_of_mean: float
+    samples: int
+    step: int
+    metrics: Metrics
+
+    def for_method(self, name: str) -> GradientNoise:
         """The same data; metrics get the method's name as prefix."""
         return dataclasses.replace(self, metrics=self.metrics.under(name))
 
@@ -156,6 +250,9 @@ class Rollout:
     `entropies()` (rows, T) of the current policy at the sampling temperature (declare `ENTROPY_AT_ROLLOUT`);
     `gather(values)` joins (n,) values of all processes (n may differ) and tells which slice is this process's;
     `other(which, rows)` runs `POLICY`, `TEACHER` or `REFERENCE` on these rows, `micro_batch` of which fit at once;
+    `ref_logps()` (rows, T) of the sampled tokens under the reference (declare `REF_LOGPS`); `old_logps` (rows, T) under
+    the current policy or None, as TRL made them; `sampled`: what this method's `sampled` returned, (rows, ...) each, or
+    nothing where TRL made no such forward;
     `blind_logps(hide)` (rows, T) of the sampled tokens under the current policy when nothing attends to the prompt
     tokens that `hide` (rows, L) marks, which keep their positions; `other(which, rows, hide=...)` does the same for
     (R, L) (declare `HIDE_PROMPT`).
@@ -185,10 +282,13 @@ class Rollout:
     images: Tensor
     decode: Callable[[Sequence[int]], str]
     blind_logps: Callable[[Tensor], Tensor]
+    ref_logps: Callable[[], Tensor]
+    old_logps: Tensor | None
+    sampled: Mapping[str, Tensor]
 
     def for_method(self, name: str) -> Rollout:
-        """The same data; metrics get the method's name as prefix."""
-        return dataclasses.replace(self, metrics=self.metrics.under(name))
+        """The same data as one method sees it: its own `sampled` without prefix, its own metric names."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name), sampled=own_values(self.sampled, name))
 
 
 @dataclass(frozen=True)
@@ -216,7 +316,8 @@ class LossInput:
     `old_logps`, `ref_logps` (B, T) or None. `streams`: what this method's `streams` returned for these rows. `step`: optimizer steps done so far.
     `optimizer`: learning rate and moments' decay of the coming step. `first_pass`: whether these rows are seen for the
     first time (`num_iterations` passes over each rollout). `row_scale` turns a mean over the B rows into one over the
-    rows that `keep_rows` kept; 1 where nothing was dropped.
+    rows that `keep_rows` kept; 1 where nothing was dropped. `distill_weights` (B,): what a method's own distillation
+    loss multiplies each row's term with; None is all ones.
 
     Services: `policy` holds hidden states and head of the forward (declare `HIDDEN`); `other(which, rows, prompt_ids,
     prompt_mask)` runs `TEACHER` or `REFERENCE` without gradient on chosen rows, with another prompt if given (the rows'
@@ -246,12 +347,11 @@ class LossInput:
     aggregate: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], tuple[Tensor, slice]]
     scratch: dict[str, Any]
+    distill_weights: Tensor | None = None
 
     def for_method(self, name: str) -> LossInput:
         """The same data as one method sees it: its own streams without prefix, its own metric names."""
-        prefix = f"{name}/"
-        own = {key[len(prefix) :]: value for key, value in self.streams.items() if key.startswith(prefix)}
-        scratch = self.scratch.setdefault(name, {})
+        own, scratch = own_values(self.streams, name), self.scratch.setdefault(name, {})
         return dataclasses.replace(self, streams=own, metrics=self.metrics.under(name), scratch=scratch)
 
 
@@ -307,7 +407,7 @@ class Method:
     """The metrics to show first while training, without the method's name."""
 
     state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Tensors and numbers that a checkpoint must hold; changed in `observe` and `observe_loss` only."""
+    """Tensors and numbers that a checkpoint must hold; changed in `choose_prompts` and the `observe` hooks only."""
 
     # What a method declares
 
@@ -329,6 +429,13 @@ class Method:
 
     # Rollout
 
+    def choose_prompts(self, draw: Draw) -> Tensor | None:
+        """(count,) different rows of the training set for the next rollout, in place of the data loader's. Own "sampler".
+
+        None leaves the loader's. Epochs are counted as if the loader's rows had been used.
+        """
+        return None
+
     def edit_prompts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Data set rows -> rows of the same length and order, before generation. Return copies of changed rows."""
         return rows
@@ -336,6 +443,10 @@ class Method:
     def shape_rewards(self, rewards: Tensor, group: Group) -> Tensor:
         """(P, G, F) -> (P, G, F), before TRL forms advantages; chained. `group.advantages` is not known yet (zeros)."""
         return rewards
+
+    def measure(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Values (rows,) that `group_advantages` and `observe` need in whole groups, as `group.measured` (P, G)."""
+        return {}
 
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
         """(P, G) -> (P, G), after TRL's normalisation; chained."""
@@ -366,6 +477,13 @@ class Method:
 
     # Loss
 
+    def coupled(self, rows: StepRows) -> dict[str, Tensor]:
+        """Values (rows,) that depend on other rows of the same group under the current weights; they join the streams.
+
+        The two-pass form of a loss over groups: here g_k = dL/ds_k from whole groups, in the loss sum_k g_k s_k.
+        """
+        return {}
+
     def token_advantages(self, advantages: Tensor, x: LossInput) -> Tensor:
         """(B,) or (B, T) -> the same or (B, T); chained."""
         return advantages
@@ -382,6 +500,10 @@ class Method:
         """Replaces TRL's policy term: per-token (B, T), aggregated as `loss_type` says, or a scalar. Own "surrogate"."""
         return None
 
+    def distill_weights(self, weights: Tensor, x: LossInput) -> Tensor:
+        """(B,), first all ones -> (B,): scales every row's distillation loss (of whatever method has one); chained."""
+        return weights
+
     def aux_loss(self, x: LossInput) -> Tensor | None:
         """A scalar with its own denominator that is added to the loss; None adds nothing. Mean over the micro-batch:
         the trainer divides by the accumulation steps."""
@@ -393,12 +515,22 @@ class Method:
     # Step
 
     def kl_coef(self, beta: float, step: int) -> float:
-        """TRL's `beta` -> the coefficient of the reference KL in this step; chained. Never 0 unless `beta` is."""
+        """TRL's `beta` -> the coefficient of the reference KL in this step; chained. With 0 TRL logs no `kl`."""
         return beta
 
-    def sync_teacher(self, step: int) -> bool:
+    def sync_teacher(self, step: int, run: RunShape) -> bool:
         """Whether the `TEACHER` snapshot is refreshed before optimizer step `step` (0, 1, ...). Own "teacher"."""
         return False
+
+    def observe_gradients(self, noise: GradientNoise) -> None:
+        """After the last backward of an optimizer step (declare `GRADIENT_NOISE`): the place to change `state`.
+
+        Not called where one step has a single gradient, which tells nothing about noise.
+        """
+
+    def learning_rate(self, lr: float, step: int) -> float:
+        """The scheduler's rate -> the rate of this step, for every parameter group alike; chained. Own "learning rate"."""
+        return lr
 
     # Preference pairs (DPO)
 

@@ -21,26 +21,31 @@ from typing import Any
 from trl_ext.method import NEEDS, Method, Setup, overrides
 
 STAGES = {
-    "prompts": ("edit_prompts",),
+    "prompts": ("choose_prompts", "edit_prompts"),
     "rewards": ("shape_rewards",),
-    "advantages": ("group_advantages",),
+    "advantages": ("measure", "group_advantages"),
     "rollout data": ("sampled", "streams", "observe"),
     "row selection": ("keep_rows",),
     "teacher": ("sync_teacher",),
+    "whole groups": ("coupled",),
     "token advantages": ("token_advantages",),
     "loss mask": ("loss_mask",),
     "token weights": ("token_weights",),
     "surrogate": ("surrogate",),
-    "added loss": ("aux_loss", "pair_aux_loss"),
+    "added loss": ("distill_weights", "aux_loss", "pair_aux_loss"),
     "pair loss": ("pair_loss",),
     "after the loss": ("observe_loss", "observe_pairs"),
     "KL coefficient": ("kl_coef",),
+    "learning rate": ("observe_gradients", "learning_rate"),
 }
 """Stage shown to people -> hooks, in the order in which a step passes them."""
 
 _BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
-_LOSS_HOOKS = ("token_advantages", "loss_mask", "token_weights", "surrogate", "aux_loss", "observe_loss", "kl_coef")
-_GROUP_HOOKS = ("shape_rewards", "group_advantages", "observe")
+_LOSS_HOOKS = (
+    *("coupled", "token_advantages", "loss_mask", "token_weights", "surrogate"),
+    *("distill_weights", "aux_loss", "observe_loss", "kl_coef"),
+)
+_GROUP_HOOKS = ("shape_rewards", "measure", "group_advantages", "observe")
 
 
 class PlanError(ValueError):
@@ -168,6 +173,12 @@ def _clashes(methods: list[Method]) -> list[str]:
             reason = first.conflicts.get(second.name) or second.conflicts.get(first.name)
             if reason:
                 problems.append(f"{first.name} and {second.name} do not go together: {reason}")
+    for first in (m for m in methods if overrides(m, "coupled")):
+        for second in (m for m in methods if overrides(m, "keep_rows")):
+            problems.append(
+                f"{first.name} and {second.name} do not go together: {first.name}'s loss needs whole groups, "
+                f"{second.name} drops rows of them; name only one of them"
+            )
     return problems
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
-from trl_ext import kept_rows
+from trl_ext import kept_rows, whole_groups
 from trl_ext.base import MethodTrainer
 from trl_ext.batch import images_of, loss_mask_of, replaced, whole
-from trl_ext.forward import watched_hidden
+from trl_ext.forward import watched_hidden, weights_of
 from trl_ext.hidden_prompt import attending, image_tokens, without
-from trl_ext.method import Group, Rollout, RunShape
+from trl_ext.method import REF_LOGPS, REFERENCE, Draw, Group, Rollout, RunShape
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class RolloutHooks(MethodTrainer):
     generation_config: Any
     generation_kwargs: dict[str, Any]
     reward_func_names: list[str]
+    reward_weights: Tensor
+    train_dataset: Any
     use_vllm: bool
     vllm_generation: Any
 
@@ -61,6 +63,7 @@ class RolloutHooks(MethodTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.plan.methods and self.model.training):
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        inputs, drawn = self._chosen(inputs)
         for method in self.plan.using("edit_prompts"):
             inputs = method.edit_prompts(inputs)
         watching = bool(self.plan.using("sampled")) and self._keeps_old_logps()
@@ -70,13 +73,34 @@ class RolloutHooks(MethodTrainer):
         assert not self.plan.using("sampled") or watching == ("old_per_token_logps" in batch)  # as TRL 1.16 decides
         scored, self._scored = self._scored, None
         assert scored is not None  # TRL always calls _calculate_rewards
+        if REF_LOGPS in self.plan.needs() and "ref_per_token_logps" not in batch:
+            batch["ref_per_token_logps"] = self._reference_logps(batch)
+        rollout = self._rollout(batch, scored) if self.plan.using("measure", "streams", "keep_rows") else None
         if self.plan.on_groups:
-            self._use_groups(batch, scored)
-        if self.plan.using("streams", "keep_rows"):
-            rollout = self._rollout(batch, scored)
+            self._use_groups(batch, scored, self._measured(rollout), drawn)
+        if rollout is not None:
+            rollout = dataclasses.replace(rollout, advantages=batch["advantages"])
             self._add_streams(batch, rollout)
             batch = self._without_dropped(batch, rollout)
+        if self.plan.using("coupled"):
+            rank, size = self.accelerator.process_index, self.args.num_generations
+            step, device = self.state.global_step, self.accelerator.device
+            batch |= whole_groups.marks(len(scored.rows), rank, size, step, device)
         return batch
+
+    def _chosen(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The rows of this rollout and, if a method drew them instead of the data loader, where they stand (P,)."""
+        group, rank = self.args.num_generations, self.accelerator.process_index
+        count = len(inputs) * self.accelerator.num_processes // group
+        for method in self.plan.using("choose_prompts"):
+            draw = Draw(count, len(self.train_dataset), self.args.seed, self.state.global_step, self._metrics_store())
+            drawn = method.choose_prompts(draw.for_method(method.name))
+            if drawn is not None:
+                if drawn.shape != (count,) or drawn.unique().numel() != count:
+                    raise ValueError(f"{method.name}: drew {tuple(drawn.shape)} rows, not {count} different ones")
+                mine = drawn.repeat_interleave(group)[rank * len(inputs) :][: len(inputs)]
+                return [dict(self.train_dataset[i]) for i in mine.tolist()], drawn
+        return inputs, None
 
     def _keeps_old_logps(self) -> bool:
         """Whether TRL's scoring begins with a forward for the old log-probs."""
@@ -119,14 +143,14 @@ class RolloutHooks(MethodTrainer):
         self._scored = Scored(inputs, prompts, completion_ids_list, rewards, rewards)
         if not self.plan.using("shape_rewards"):
             return rewards
-        group = self._group(self._scored, torch.zeros_like(rewards[:, 0]))
+        group = self._group(self._scored, torch.zeros_like(rewards[:, 0]), {}, None)
         for i, name in enumerate(self.reward_func_names):
             group.metrics.mean(f"rewards/{name}/unshaped", rewards[:, i].nan_to_num(), ~rewards[:, i].isnan())
         shaped: Tensor = self.plan.fold("shape_rewards", group.rewards, group).flatten(0, 1)
         self._scored = dataclasses.replace(self._scored, shaped=shaped)
         return shaped
 
-    def _group(self, scored: Scored, advantages: Tensor) -> Group:
+    def _group(self, scored: Scored, advantages: Tensor, measured: dict[str, Tensor], drawn: Tensor | None) -> Group:
         """`advantages` (world * rows,) -> the view in whole groups; lengths are gathered once."""
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)  # TRL counts padding as an end too
         device = scored.rewards.device
@@ -142,10 +166,27 @@ class RolloutHooks(MethodTrainer):
             step=self.state.global_step,
             run=self._run_shape(),
             metrics=self._metrics_store(),
+            reward_weights=self.reward_weights.to(device),
+            seed=self.args.seed,
+            drawn=drawn,
+            measured=measured,
         )
 
-    def _use_groups(self, batch: dict[str, Any], scored: Scored) -> None:
-        group = self._group(scored, self.accelerator.gather(batch["advantages"]))
+    def _measured(self, rollout: Rollout | None) -> dict[str, Tensor]:
+        """What the methods' `measure` returned, of all processes (P, G)."""
+        found: dict[str, Tensor] = {}
+        for method in self.plan.using("measure"):
+            assert rollout is not None
+            for key, value in method.measure(rollout.for_method(method.name)).items():
+                if value.shape != (len(rollout.rows),):
+                    raise ValueError(f"{method.name}: measured '{key}' is {tuple(value.shape)}, not one value per row")
+                found[f"{method.name}/{key}"] = self.accelerator.gather(value).view(-1, self.args.num_generations)
+        return found
+
+    def _use_groups(
+        self, batch: dict[str, Any], scored: Scored, measured: dict[str, Tensor], drawn: Tensor | None
+    ) -> None:
+        group = self._group(scored, self.accelerator.gather(batch["advantages"]), measured, drawn)
         advantages = self.plan.fold("group_advantages", group.advantages, group)
         if advantages is not group.advantages:
             rows = len(scored.rows)
@@ -217,7 +258,28 @@ class RolloutHooks(MethodTrainer):
             images=image_tokens(batch["prompt_ids"], self.model.config) > 0,
             decode=lambda ids: self._tokenizer.decode(list(ids), skip_special_tokens=True),
             blind_logps=lambda hide: self._blind_logps(batch, hide),
+            ref_logps=lambda: batch["ref_per_token_logps"],
+            old_logps=batch.get("old_per_token_logps"),
+            sampled={key: batch[key] for key in self._sampled_keys(batch)},
         )
+
+    def _sampled_keys(self, batch: dict[str, Any]) -> list[str]:
+        names = tuple(f"{method.name}/" for method in self.plan.using("sampled"))
+        return [key for key in batch if key.startswith(names)] if names else []
+
+    def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
+        """(rows, T) of the sampled tokens under the reference, which TRL does not ask for without `beta`."""
+        ids, mask = whole(batch)
+        size = self.args.per_device_train_batch_size
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            weights_of(REFERENCE, self._unwrapped(), self._reference),
+        ):
+            logps, _, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                self.model, ids, mask, batch["completion_ids"].size(1), size, **images_of(batch)
+            )
+        return logps
 
     def _blind_logps(self, batch: dict[str, Any], hide: Tensor) -> Tensor:
         ids, mask = whole(batch)

@@ -337,7 +337,7 @@ def test_several_rewards_need_a_verifier(tmp_path):
 def test_what_it_needs():
     assert Trace(action="none").needs() == frozenset() == Trace(weight=0).needs()
     assert TEACHER in Trace().needs() and TEACHER not in Trace(sync_every=1).needs()
-    assert [Trace().sync_teacher(k) for k in (0, 1, 10, 30, 40)] == [True, False, True, True, False]
+    assert [Trace().sync_teacher(k, None) for k in (0, 1, 10, 30, 40)] == [True, False, True, True, False]
 
 
 def test_text_values_are_cast():

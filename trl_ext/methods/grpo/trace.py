@@ -9,7 +9,8 @@ For a rollout of T tokens with error span E (wrong rollouts) or key span K (righ
 
 p_t is the policy (gradient flows), q_t the teacher: the same weights, refreshed every `sync_every` steps, with a note
 in the prompt that names the type of the span and nothing else; no gradient. l_t is TRL's per-token policy loss. The KL
-uses the denominators of `loss_type`, so its ratio to the policy term is kept; "grpo" gives the equation above.
+uses the denominators of `loss_type`, so its ratio to the policy term is kept; "grpo" gives the equation above. A weight
+per row from other methods (`x.distill_weights`) multiplies the row's KL, not its l_t.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from trl_ext.annotate import (
     token_offsets,
 )
 from trl_ext.forward import Features, per_position
-from trl_ext.method import HIDDEN, POLICY, TEACHER, LossInput, Method, Rollout, Setup, param
+from trl_ext.method import HIDDEN, POLICY, TEACHER, LossInput, Method, Rollout, RunShape, Setup, param
 
 ERROR, KEY = 1, 2
 """Kinds of a span token: in a wrong rollout (reverse KL), in a right one (forward KL)."""
@@ -190,7 +191,7 @@ class Trace(Method):
                 problems.append(f"annotator: {error}")
         return problems
 
-    def sync_teacher(self, step: int) -> bool:
+    def sync_teacher(self, step: int, run: RunShape) -> bool:
         return bool(self.active) and self._lambda(step) > 0 and step % self.sync_every == 0 and self.sync_every > 1
 
     def _lambda(self, step: int) -> float:
@@ -300,6 +301,8 @@ class Trace(Method):
             return None
         kinds = x.streams["kind"]
         wanted = torch.isin(kinds, torch.tensor(self.active, device=kinds.device))
+        if x.distill_weights is not None:  # a row of weight 0 needs no teacher
+            wanted = wanted & (x.distill_weights > 0).unsqueeze(1)
         rows = wanted.any(1).nonzero().squeeze(1)
         if rows.numel() == 0:
             return None
@@ -308,13 +311,16 @@ class Trace(Method):
         teacher = x.other(which, rows, x.streams["prompt_ids"][rows], x.streams["prompt_mask"][rows])
         per_token = torch.zeros_like(x.logps)
         for kind in self.active:
-            per_token = self._add_kl(per_token, x, teacher, rows, kind)
+            per_token = self._add_kl(per_token, x, teacher, rows, wanted & (kinds == kind), kind)
+        if x.distill_weights is not None:
+            per_token = per_token * x.distill_weights.unsqueeze(1)
         x.metrics.mean("teacher_seconds", time.perf_counter() - started)
         return strength * x.aggregate(per_token)
 
-    def _add_kl(self, per_token: Tensor, x: LossInput, teacher: Features, rows: Tensor, kind: int) -> Tensor:
-        """Puts the KL of span tokens of one kind at their places in (B, T)."""
-        here = x.streams["kind"] == kind
+    def _add_kl(
+        self, per_token: Tensor, x: LossInput, teacher: Features, rows: Tensor, here: Tensor, kind: int
+    ) -> Tensor:
+        """Puts the KL of span tokens of one kind at their places `here` (B, T) bool, all of them in `rows`."""
         assert x.policy is not None  # HIDDEN is declared
         student = (x.policy.head, x.policy.at(here))
         if student[1].size(0) == 0:

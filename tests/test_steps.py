@@ -1,0 +1,185 @@
+"""Around a step: drawn prompts, measured values, reference log-probs without beta, gradient noise, the learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import trl_ext
+from tests.test_services import Probe, train  # noqa: F401 - a fixture
+from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
+from trl_ext.gradients import GradientWatch
+from trl_ext.method import GRADIENT_NOISE, REF_LOGPS
+
+SEEN: list = []
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    SEEN.clear()
+
+
+@dataclass(frozen=True)
+class Chooser(Probe):
+    """Takes the last rows of the data, two at a time."""
+
+    owns = ("sampler",)
+
+    def choose_prompts(self, draw):
+        SEEN.append((draw.count, draw.size, draw.seed, draw.step))
+        return torch.tensor([draw.size - 1 - draw.step, 0])
+
+    def streams(self, rollout):
+        SEEN.append([row["answer"] for row in rollout.rows])
+        return {}
+
+    def observe(self, group):
+        SEEN.append(group.drawn.tolist())
+
+
+def test_prompts_are_drawn_in_place_of_the_loaders(train):  # noqa: F811
+    train(Chooser, max_steps=2)
+    answers = prompts()["answer"]
+    assert SEEN[0] == (2, 16, 42, 0) and SEEN[1] == [15, 0]
+    assert SEEN[2] == [answers[15]] * 4 + [answers[0]] * 4
+    assert SEEN[3][3] == 1 and SEEN[4] == [14, 0]
+
+
+@dataclass(frozen=True)
+class Twice(Chooser):
+    def choose_prompts(self, draw):
+        return torch.tensor([3, 3])
+
+
+def test_a_draw_must_be_of_different_rows(train):  # noqa: F811
+    with pytest.raises(ValueError, match=r"probe: drew .* rows, not 2 different ones"):
+        train(Twice)
+
+
+@dataclass(frozen=True)
+class Measured(Probe):
+    def measure(self, rollout):
+        SEEN.append(rollout.advantages)
+        return {"length": rollout.mask.sum(1).float()}
+
+    def group_advantages(self, advantages, group):
+        assert torch.equal(group.measured["length"], group.lengths.float())
+        assert torch.equal(group.total, group.rewards[..., 0] * 2)
+        assert torch.equal(group.reward("letters_reward"), group.rewards[..., 0])
+        with pytest.raises(ValueError, match="no reward is called 'other'; this run has: letters_reward"):
+            group.reward("other")
+        return advantages * 0 + 3
+
+    def streams(self, rollout):
+        SEEN.append(rollout.advantages)
+        return {}
+
+
+def test_values_measured_before_the_advantages(train):  # noqa: F811
+    train(Measured, max_steps=1, reward_weights=[2.0])
+    assert SEEN[0].abs().sum() > 0 and (SEEN[1] == 3).all()  # as TRL made them, then as the method left them
+
+
+@dataclass(frozen=True)
+class ReadsReference(Probe):
+    def needs(self):
+        return frozenset({REF_LOGPS})
+
+    def streams(self, rollout):
+        return {"ref": rollout.ref_logps()}
+
+    def observe_loss(self, x):
+        SEEN.append((x.ref_logps * x.mask, (x.streams["ref"] * x.mask)))
+
+
+@pytest.mark.parametrize("peft", [None, "lora"])
+def test_reference_logps_do_not_need_beta(train, peft):  # noqa: F811
+    plain = weights(train(Probe, peft=peft))
+    assert_equal(weights(train(ReadsReference, peft=peft)), plain)
+    without, SEEN[:] = list(SEEN), []
+    train(ReadsReference, peft=peft, beta=1e-12)  # TRL's own reference
+    assert len(SEEN) == len(without) == 3
+    for (own, stream), (trl, _) in zip(without, SEEN, strict=True):
+        assert torch.equal(own, stream)
+        torch.testing.assert_close(own, trl, atol=2e-5, rtol=1e-5)
+    assert own.abs().sum() > 0
+
+
+@dataclass(frozen=True)
+class Noise(Probe):
+    owns = ("learning rate",)
+
+    def needs(self):
+        return frozenset({GRADIENT_NOISE})
+
+    def observe_gradients(self, noise):
+        SEEN.append((noise.mean_square, noise.square_of_mean, noise.samples, noise.step))
+        noise.metrics.mean("ratio", noise.square_of_mean / noise.mean_square)
+
+    def learning_rate(self, lr, step):
+        return lr * (step + 1) / 4
+
+
+def test_gradient_noise_is_that_of_the_micro_batches(train):  # noqa: F811
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 4}
+    trainer = train(Noise, **sizes, max_grad_norm=1e-3, max_steps=2, optim="sgd")
+    expected = _norms(trainer, **sizes)
+    assert SEEN[0][2:] == (4, 0) and SEEN[1][2:] == (4, 1)
+    assert SEEN[0][:2] == pytest.approx(expected, rel=1e-4)
+    assert "probe/ratio" in trainer.state.log_history[0]
+
+
+def _norms(trainer, **sizes):
+    """The same two numbers for the first step, from gradients that are taken one by one."""
+    args = trl_ext.GRPOConfig(**grpo_args(trainer.args.output_dir, **sizes, max_steps=1, optim="sgd"))
+    found = []
+
+    class Apart(trl_ext.GRPOTrainer):
+        def training_step(self, *args, **kwargs):
+            self.model.zero_grad()
+            loss = super().training_step(*args, **kwargs)
+            found.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]) * 4)
+            return loss
+
+    Apart(tiny_path(), letters_reward, args, prompts()).train()
+    squares = torch.stack([g.square().sum() for g in found]).mean()
+    return float(squares), float(torch.stack(found).mean(0).square().sum())
+
+
+def test_the_learning_rate_is_changed_for_the_update_alone(train):  # noqa: F811
+    kwargs = {"optim": "sgd", "max_steps": 2, "lr_scheduler_type": "constant", "num_generations": 8}
+    start = weights(train(Probe, **kwargs | {"learning_rate": 0.0}))
+    plain, scaled = (weights(train(cls, **kwargs | {"max_steps": 1})) for cls in (Probe, Noise))
+    for name, value in start.items():
+        torch.testing.assert_close(scaled[name] - value, (plain[name] - value) / 4, atol=1e-7, rtol=1e-3)
+    trainer = train(Noise, **kwargs)
+    assert [e["learning_rate"] for e in trainer.state.log_history if "loss" in e] == [1e-2, 1e-2]
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+    assert SEEN == []  # one micro-batch tells nothing about noise
+
+
+def test_one_gradient_tells_nothing():
+    p = torch.nn.Parameter(torch.zeros(2))
+    watch = GradientWatch(processes=1)
+    p.grad = torch.tensor([1.0, 2.0])
+    watch.after_backward([p])
+    assert watch.result() is None and watch.result() is None
+    p.grad = torch.tensor([0.25, 0.0])
+    watch.after_backward([p])
+    p.grad = torch.tensor([0.45, 0.1])
+    watch.after_backward([p], scale=1.0)
+    own, square, samples = watch.result()
+    assert own.tolist() == pytest.approx([4 * (0.0625 + 0.04 + 0.01), 2]) and samples == 2
+    assert float(square) == pytest.approx(0.45**2 + 0.01)
+
+
+def test_with_processes_the_last_backward_is_left_out():
+    p = torch.nn.Parameter(torch.zeros(1))
+    watch = GradientWatch(processes=2)
+    for value in (1.0, 3.0, 4.0):
+        p.grad = torch.tensor([value])
+        watch.after_backward([p])
+    own, square, samples = watch.result()
+    assert own.tolist() == [9 * (1 + 4), 2] and float(square) == 16 and samples == 6
