@@ -25,6 +25,7 @@ from trl_ext.forward import Features, captured_hidden
 from trl_ext.hidden_prompt import cannot_hide, image_tokens, without
 from trl_ext.method import HIDDEN, HIDE_PROMPT, LossInput, Setup
 from trl_ext.plan import PlanError, make_plan, normalise
+from trl_ext.revision import Revisions
 
 check_trl()
 _CHOICES = {
@@ -60,7 +61,7 @@ class GRPOConfig(trl.GRPOConfig):
         make_plan(self.methods, "grpo", Setup(self))
 
 
-class GRPOTrainer(CoupledRows, trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(CoupledRows, Revisions, trl.GRPOTrainer):  # type: ignore[misc]
     """Drop-in for `trl.GRPOTrainer`; `args.methods` names the papers. See `trl_ext.method` for what they may change.
 
     Raises PlanError before the model is loaded when the methods cannot run as configured.
@@ -78,7 +79,20 @@ class GRPOTrainer(CoupledRows, trl.GRPOTrainer):  # type: ignore[misc]
                 raise PlanError(
                     [f"{name}: no part of the prompt can be hidden from this model: {reason}" for name in users]
                 )
+        if reason := self._cannot_revise():
+            names = [method.name for method in self.plan.using("revise")]
+            raise PlanError([f"{name}: no second attempts {reason}" for name in names])
         self._start_methods(Setup(self.args, self.reward_func_names, self._engine(), images=self._is_vlm))
+
+    def _cannot_revise(self) -> str | None:
+        """Why no completion of this run can be replaced once it is generated; None if it can, or need not."""
+        if not self.plan.using("revise"):
+            return None
+        if self._is_vlm:
+            return "with images: they are bound to the rows before the rollout; train a text model"
+        if self.environment_factories is not None:
+            return "with environments, which are bound to their rows; pass tools instead of environment_factory"
+        return "with a rollout_func, which owns generation; leave it out" if self.rollout_func is not None else None
 
     # Loss
 

@@ -127,7 +127,8 @@ class Group:
     `rewards` (P, G, F) float32, NaN where a function returned None, as `shape_rewards` left them (in that hook: as the
     functions gave them); `reward_weights` (F,); `advantages` (P, G); `lengths` (P, G) completion
     tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
-    `drawn` (P,) rows of the training set, if a `choose_prompts` chose them; `measured`: this method's `measure`, (P, G)
+    `drawn` (P,) rows of the training set, if a `choose_prompts` chose them; `discarded_drawn` (D,) and
+    `discarded_rewards` (D, G, F): the same of groups that `revise` replaced; `measured`: this method's `measure`, (P, G)
     each; `seed` the run's.
     """
 
@@ -142,25 +143,36 @@ class Group:
     reward_weights: Tensor
     seed: int
     drawn: Tensor | None = None
+    discarded_drawn: Tensor | None = None
+    discarded_rewards: Tensor | None = None
     measured: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
         """(P, G): the weighted sum of the rewards, as TRL sums them; NaN counts as nothing."""
-        return (self.rewards * self.reward_weights).nansum(-1)
+        return self.reward_of(self.rewards, None)
 
     def reward(self, name: str | None) -> Tensor:
-        """(P, G): the raw reward called `name`, 0 where it is NaN; None: `total`. ValueError for an unknown name."""
-        if name is None:
-            return self.total
-        if name not in self.reward_names:
-            raise ValueError(f"no reward is called '{name}'; this run has: {', '.join(self.reward_names)}")
-        return self.rewards[..., list(self.reward_names).index(name)].nan_to_num()
+        """(P, G): the reward called `name`, 0 where it is NaN; None: `total`. ValueError for an unknown name."""
+        return self.reward_of(self.rewards, name)
+
+    def reward_of(self, rewards: Tensor, name: str | None) -> Tensor:
+        """The same for other `rewards` (..., F), such as those of discarded groups."""
+        return one_reward(rewards, name, self.reward_names, self.reward_weights)
 
     def for_method(self, name: str) -> Group:
         """The same data as one method sees it: what it measured without prefix, its own metric names."""
         own = own_values(self.measured, name)
         return dataclasses.replace(self, metrics=self.metrics.under(name), measured=own)
+
+
+def one_reward(rewards: Tensor, name: str | None, names: Sequence[str], weights: Tensor) -> Tensor:
+    """(..., F) -> (...): the reward called `name`, or the weighted sum of all for None. ValueError: unknown name."""
+    if name is None:
+        return (rewards * weights).nansum(-1)
+    if name not in names:
+        raise ValueError(f"no reward is called '{name}'; this run has: {', '.join(names)}")
+    return rewards[..., list(names).index(name)].nan_to_num()
 
 
 def own_values(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -173,7 +185,8 @@ def own_values(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 class Draw:
     """What the next rollout asks for: `count` different rows of a training set of `size`, for all processes together.
 
-    Every process asks and must get the same answer. `seed` is the run's, `step` optimizer steps done so far.
+    Every process asks and must get the same answer. `row(i)` is row i of the set. `seed` is the run's, `step` optimizer
+    steps done so far.
     """
 
     count: int
@@ -181,10 +194,65 @@ class Draw:
     seed: int
     step: int
     metrics: Metrics
+    row: Callable[[int], dict[str, Any]]
 
     def for_method(self, name: str) -> Draw:
         """The same data; metrics get the method's name as prefix."""
         return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions that `Attempt.sample` made: `ids` (n,) by which a revision names them, `rewards` (n, F)."""
+
+    ids: Sequence[int]
+    rewards: Tensor
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A scored rollout before anything is trained on: whole, and the same on all processes.
+
+    `rows` (P,): the training row of each prompt; `rewards` (P, G, F) as the functions gave them, or as an earlier
+    `revise` left them.
+
+    Services, which every process must call alike: `sample(rows)` makes and scores one more completion for each of these
+    rows, whose "prompt" is shown to the model; `fresh(n, number)` gives n rows of the training set, drawn by the method
+    that draws prompts or else uniformly from the run's seed and `number`. `prompt_tokens(row)` counts its prompt.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    rewards: Tensor
+    reward_names: Sequence[str]
+    reward_weights: Tensor
+    step: int
+    run: RunShape
+    seed: int
+    metrics: Metrics
+    sample: Callable[[Sequence[Mapping[str, Any]]], Samples]
+    fresh: Callable[[int, int], list[dict[str, Any]]]
+    prompt_tokens: Callable[[Mapping[str, Any]], int]
+
+    def reward(self, name: str | None, rewards: Tensor | None = None) -> Tensor:
+        """(..., F) -> (...) of `rewards`, or of the rollout: the reward called `name`, or the weighted sum for None."""
+        found = self.rewards if rewards is None else rewards
+        return one_reward(found, name, self.reward_names, self.reward_weights)
+
+    def for_method(self, name: str) -> Attempt:
+        """The same data; metrics get the method's name as prefix."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
+class Revision:
+    """Completions of a rollout to replace: (prompt, place in the group) -> id of a sample.
+
+    A group whose G places are all replaced has changed its prompt. `helped`: the samples had help, so TRL's reward
+    metrics keep describing the rollout as it was.
+    """
+
+    swaps: Mapping[tuple[int, int], int]
+    helped: bool = False
 
 
 @dataclass(frozen=True)
@@ -407,7 +475,7 @@ class Method:
     """The metrics to show first while training, without the method's name."""
 
     state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Tensors and numbers that a checkpoint must hold; changed in `choose_prompts` and the `observe` hooks only."""
+    """Tensors and numbers that a checkpoint must hold; changed in `choose_prompts`, `revise` and the `observe` hooks only."""
 
     # What a method declares
 
@@ -429,16 +497,24 @@ class Method:
 
     # Rollout
 
-    def choose_prompts(self, draw: Draw) -> Tensor | None:
+    def choose_prompts(self, draw: Draw) -> Tensor | list[dict[str, Any]] | None:
         """(count,) different rows of the training set for the next rollout, in place of the data loader's. Own "sampler".
 
-        None leaves the loader's. Epochs are counted as if the loader's rows had been used.
+        A list holds the rows themselves, of wherever they come from. None leaves the loader's. Epochs are counted as if
+        the loader's rows had been used.
         """
         return None
 
     def edit_prompts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Data set rows -> rows of the same length and order, before generation. Return copies of changed rows."""
         return rows
+
+    def revise(self, attempt: Attempt) -> Revision | None:
+        """Replaces completions, or whole groups, before rewards are shaped and old log-probs computed; chained.
+
+        The place for second attempts: hints, resampling, fresh prompts. May change `state`.
+        """
+        return None
 
     def shape_rewards(self, rewards: Tensor, group: Group) -> Tensor:
         """(P, G, F) -> (P, G, F), before TRL forms advantages; chained. `group.advantages` is not known yet (zeros)."""

@@ -22,6 +22,7 @@ from trl_ext.method import NEEDS, Method, Setup, overrides
 
 STAGES = {
     "prompts": ("choose_prompts", "edit_prompts"),
+    "second attempts": ("revise",),
     "rewards": ("shape_rewards",),
     "advantages": ("measure", "group_advantages"),
     "rollout data": ("sampled", "streams", "observe"),

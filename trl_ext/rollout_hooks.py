@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from trl_ext.batch import images_of, loss_mask_of, replaced, whole
 from trl_ext.forward import watched_hidden, weights_of
 from trl_ext.hidden_prompt import attending, image_tokens, without
 from trl_ext.method import REF_LOGPS, REFERENCE, Draw, Group, Rollout, RunShape
+from trl_ext.revision import Prompts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class RolloutHooks(MethodTrainer):
     """Mixin in front of TRL's GRPOTrainer. Groups are whole only here: TRL shuffles rows before the loss."""
 
     _scored: Scored | None = None
+    _prompts: Prompts | None = None
     _watching: bool = False
     _sampled: dict[str, Tensor] = {}
 
@@ -63,13 +66,16 @@ class RolloutHooks(MethodTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.plan.methods and self.model.training):
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        inputs, drawn = self._chosen(inputs)
+        rows, drawn = self._chosen(inputs)
         for method in self.plan.using("edit_prompts"):
-            inputs = method.edit_prompts(inputs)
+            rows = method.edit_prompts(rows)
+        asked = Prompts(list(rows), drawn)
         watching = bool(self.plan.using("sampled")) and self._keeps_old_logps()
-        with replaced(self, _watching=watching, _sampled={}):
-            batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        with replaced(self, _watching=watching, _sampled={}, _prompts=asked):
+            batch = super()._generate_and_score_completions(asked.rows)  # type: ignore[misc]
             batch |= self._sampled
+        if asked.before is not None:
+            self._show_rewards(asked.before)
         assert not self.plan.using("sampled") or watching == ("old_per_token_logps" in batch)  # as TRL 1.16 decides
         scored, self._scored = self._scored, None
         assert scored is not None  # TRL always calls _calculate_rewards
@@ -77,7 +83,7 @@ class RolloutHooks(MethodTrainer):
             batch["ref_per_token_logps"] = self._reference_logps(batch)
         rollout = self._rollout(batch, scored) if self.plan.using("measure", "streams", "keep_rows") else None
         if self.plan.on_groups:
-            self._use_groups(batch, scored, self._measured(rollout), drawn)
+            self._use_groups(batch, scored, self._measured(rollout), asked)
         if rollout is not None:
             rollout = dataclasses.replace(rollout, advantages=batch["advantages"])
             self._add_streams(batch, rollout)
@@ -90,17 +96,44 @@ class RolloutHooks(MethodTrainer):
 
     def _chosen(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The rows of this rollout and, if a method drew them instead of the data loader, where they stand (P,)."""
+        if not self.plan.using("choose_prompts"):
+            return inputs, None
         group, rank = self.args.num_generations, self.accelerator.process_index
-        count = len(inputs) * self.accelerator.num_processes // group
+        rows, drawn = self._draw(len(inputs) * self.accelerator.num_processes // group, None)
+        if rows is None:
+            return inputs, None
+        places = range(rank * len(inputs), (rank + 1) * len(inputs))
+        return [dict(rows[place // group]) for place in places], drawn
+
+    def _draw(self, count: int, number: int | None) -> tuple[Any, Tensor | None]:
+        """`count` rows from the method that draws prompts, and where they stand. Without one: None, or, with a `number`,
+        rows drawn uniformly from the run's seed and that number."""
+        size = len(self.train_dataset)
         for method in self.plan.using("choose_prompts"):
-            draw = Draw(count, len(self.train_dataset), self.args.seed, self.state.global_step, self._metrics_store())
+            draw = Draw(count, size, self.args.seed, self.state.global_step, self._metrics_store(), self._row)
             drawn = method.choose_prompts(draw.for_method(method.name))
-            if drawn is not None:
+            if isinstance(drawn, Tensor):
                 if drawn.shape != (count,) or drawn.unique().numel() != count:
                     raise ValueError(f"{method.name}: drew {tuple(drawn.shape)} rows, not {count} different ones")
-                mine = drawn.repeat_interleave(group)[rank * len(inputs) :][: len(inputs)]
-                return [dict(self.train_dataset[i]) for i in mine.tolist()], drawn
-        return inputs, None
+                return [self._row(i) for i in drawn.tolist()], drawn.clone()
+            if drawn is not None:
+                if len(drawn) != count:
+                    raise ValueError(f"{method.name}: gave {len(drawn)} rows, not {count}")
+                return drawn, None
+        if number is None:
+            return None, None
+        chosen = random.Random(f"{self.args.seed}/{number}").sample(range(size), count)
+        return [self._row(i) for i in chosen], None
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return dict(self.train_dataset[index])
+
+    def _show_rewards(self, rewards: Tensor) -> None:
+        """TRL's latest reward metrics say what came without help: rewards (world * rows, F)."""
+        logged = self._metrics["train"]
+        for i, name in enumerate(self.reward_func_names):
+            logged[f"rewards/{name}/mean"][-1] = rewards[:, i].nanmean().item()
+        logged["reward"][-1] = (rewards * self.reward_weights.to(rewards.device)).nansum(1).mean().item()
 
     def _keeps_old_logps(self) -> bool:
         """Whether TRL's scoring begins with a forward for the old log-probs."""
@@ -143,14 +176,14 @@ class RolloutHooks(MethodTrainer):
         self._scored = Scored(inputs, prompts, completion_ids_list, rewards, rewards)
         if not self.plan.using("shape_rewards"):
             return rewards
-        group = self._group(self._scored, torch.zeros_like(rewards[:, 0]), {}, None)
+        group = self._group(self._scored, torch.zeros_like(rewards[:, 0]))
         for i, name in enumerate(self.reward_func_names):
             group.metrics.mean(f"rewards/{name}/unshaped", rewards[:, i].nan_to_num(), ~rewards[:, i].isnan())
         shaped: Tensor = self.plan.fold("shape_rewards", group.rewards, group).flatten(0, 1)
         self._scored = dataclasses.replace(self._scored, shaped=shaped)
         return shaped
 
-    def _group(self, scored: Scored, advantages: Tensor, measured: dict[str, Tensor], drawn: Tensor | None) -> Group:
+    def _group(self, scored: Scored, advantages: Tensor) -> Group:
         """`advantages` (world * rows,) -> the view in whole groups; lengths are gathered once."""
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)  # TRL counts padding as an end too
         device = scored.rewards.device
@@ -168,8 +201,6 @@ class RolloutHooks(MethodTrainer):
             metrics=self._metrics_store(),
             reward_weights=self.reward_weights.to(device),
             seed=self.args.seed,
-            drawn=drawn,
-            measured=measured,
         )
 
     def _measured(self, rollout: Rollout | None) -> dict[str, Tensor]:
@@ -183,10 +214,14 @@ class RolloutHooks(MethodTrainer):
                 found[f"{method.name}/{key}"] = self.accelerator.gather(value).view(-1, self.args.num_generations)
         return found
 
-    def _use_groups(
-        self, batch: dict[str, Any], scored: Scored, measured: dict[str, Tensor], drawn: Tensor | None
-    ) -> None:
-        group = self._group(scored, self.accelerator.gather(batch["advantages"]), measured, drawn)
+    def _use_groups(self, batch: dict[str, Any], scored: Scored, measured: dict[str, Tensor], asked: Prompts) -> None:
+        group = self._group(scored, self.accelerator.gather(batch["advantages"]))
+        group = dataclasses.replace(group, measured=measured, drawn=asked.drawn)
+        if asked.discarded:
+            places, rewards = zip(*asked.discarded, strict=True)
+            group = dataclasses.replace(
+                group, discarded_drawn=torch.tensor(places), discarded_rewards=torch.stack(rewards)
+            )
         advantages = self.plan.fold("group_advantages", group.advantages, group)
         if advantages is not group.advantages:
             rows = len(scored.rows)
