@@ -12,6 +12,7 @@ from tests.test_services import Probe, train  # noqa: F401 - a fixture
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext.gradients import GradientWatch
 from trl_ext.method import GRADIENT_NOISE, REF_LOGPS
+from trl_ext.rollout_hooks import _tools_used
 
 SEEN: list = []
 
@@ -183,3 +184,26 @@ def test_with_processes_the_last_backward_is_left_out():
         watch.after_backward([p])
     own, square, samples = watch.result()
     assert own.tolist() == [9 * (1 + 4), 2] and float(square) == 16 and samples == 6
+
+
+@dataclass(frozen=True)
+class Questions(Probe):
+    def shape_rewards(self, rewards, group):
+        SEEN.append((group.questions.tolist(), group.tool_calls, group.tool_turns))
+        return rewards
+
+
+def test_questions_have_numbers_that_stay(train):  # noqa: F811
+    train(Questions, num_train_epochs=2, max_steps=-1)  # 16 prompts, two a step, twice
+    numbers = [number for questions, *_ in SEEN for number in questions]
+    assert len(numbers) == 32 and len(set(numbers)) == 16 and set(numbers[:16]) == set(numbers[16:])
+    assert all(0 < number < 2**62 for number in numbers)
+    assert all((calls == 0).all() and (turns == 0).all() for _, calls, turns in SEEN)
+
+
+def test_tool_calls_are_counted():
+    def turn(*names):
+        return {"role": "assistant", "tool_calls": [{"function": {"name": n}} for n in names]}
+
+    completion = [turn("a", "b"), {"role": "tool", "content": "1"}, turn("a"), {"role": "assistant", "content": "x"}]
+    assert _tools_used(completion) == (3, 2) and _tools_used("text") == (0, 0)

@@ -79,6 +79,7 @@ def build_trainer(recipe: Recipe, model: str, tokenizer: Any, data: Data) -> Any
     else:
         from trl_ext.grpo import GRPOTrainer
 
+        common["tools"] = list(recipe.tools) or None
         trainer = GRPOTrainer(model, reward_funcs=list(recipe.rewards), **common)
     if recipe.script_args.ignore_bias_buffers:
         named = trainer.model.named_buffers()

@@ -126,7 +126,9 @@ class Group:
 
     `rewards` (P, G, F) float32, NaN where a function returned None, as `shape_rewards` left them (in that hook: as the
     functions gave them); `reward_weights` (F,); `advantages` (P, G); `lengths` (P, G) completion
-    tokens; `truncated` (P, G) bool; `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
+    tokens; `truncated` (P, G) bool; `tool_calls`, `tool_turns` (P, G): how many tools a completion called, and in how
+    many turns; `questions` (P,) int64: the same number for the same prompt, in every epoch and on every machine;
+    `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
     `drawn` (P,) rows of the training set, if a `choose_prompts` chose them; `discarded_drawn` (D,) and
     `discarded_rewards` (D, G, F): the same of groups that `revise` replaced; `measured`: this method's `measure`, (P, G)
     each; `seed` the run's.
@@ -145,6 +147,9 @@ class Group:
     drawn: Tensor | None = None
     discarded_drawn: Tensor | None = None
     discarded_rewards: Tensor | None = None
+    tool_calls: Tensor = torch.zeros(0, 0)
+    tool_turns: Tensor = torch.zeros(0, 0)
+    questions: Tensor = torch.zeros(0, dtype=torch.long)
     measured: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

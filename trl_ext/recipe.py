@@ -51,6 +51,7 @@ class Recipe:
     extra: Extra
     plan: Plan
     rewards: tuple[Reward | str, ...]
+    tools: tuple[Any, ...]
     not_here: str | None
 
     @property

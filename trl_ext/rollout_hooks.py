@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ class Scored:
 
     rows: Sequence[dict[str, Any]]
     prompts: Sequence[Any]
+    completions: Sequence[Any]
     completion_ids: Sequence[list[int]]
     rewards: Tensor
     shaped: Tensor
@@ -173,7 +176,7 @@ class RolloutHooks(MethodTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
         if not (self.plan.methods and self.model.training):
             return rewards
-        self._scored = Scored(inputs, prompts, completion_ids_list, rewards, rewards)
+        self._scored = Scored(inputs, prompts, completions, completion_ids_list, rewards, rewards)
         if not self.plan.using("shape_rewards"):
             return rewards
         group = self._group(self._scored, torch.zeros_like(rewards[:, 0]))
@@ -187,14 +190,21 @@ class RolloutHooks(MethodTrainer):
         """`advantages` (world * rows,) -> the view in whole groups; lengths are gathered once."""
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)  # TRL counts padding as an end too
         device = scored.rewards.device
-        local = [[len(ids), int(not ids or ids[-1] not in ends)] for ids in scored.completion_ids]
-        lengths, cut = self.accelerator.gather(torch.tensor(local, device=device)).unbind(1)
+        local = [
+            [len(ids), int(not ids or ids[-1] not in ends), *_tools_used(completion), _number_of(prompt)]
+            for ids, completion, prompt in zip(scored.completion_ids, scored.completions, scored.prompts, strict=True)
+        ]
+        gathered = self.accelerator.gather(torch.tensor(local, device=device))
+        lengths, cut, calls, turns, questions = gathered.view(-1, self.args.num_generations, 5).unbind(-1)
         size = self.args.num_generations
         return Group(
             rewards=scored.shaped.view(-1, size, len(self.reward_func_names)),
             advantages=advantages.view(-1, size),
-            lengths=lengths.view(-1, size),
-            truncated=cut.view(-1, size).bool(),
+            lengths=lengths,
+            truncated=cut.bool(),
+            tool_calls=calls,
+            tool_turns=turns,
+            questions=questions[:, 0],
             reward_names=self.reward_func_names,
             step=self.state.global_step,
             run=self._run_shape(),
@@ -358,3 +368,17 @@ class RolloutHooks(MethodTrainer):
         greedy = {**self.generation_kwargs, **sampling, "max_new_tokens": max_new_tokens, "do_sample": False}
         config = type(self.generation_config)(**greedy, disable_compile=True)
         return replaced(self, generation_config=config, generation_kwargs=greedy)
+
+
+def _tools_used(completion: Any) -> tuple[int, int]:
+    """How many tools a completion called, and in how many of its turns."""
+    if isinstance(completion, str):
+        return 0, 0
+    calls = [len(turn.get("tool_calls") or ()) for turn in completion if turn["role"] == "assistant"]
+    return sum(calls), sum(map(bool, calls))
+
+
+def _number_of(prompt: Any) -> int:
+    """62 bits of a hash of a prompt's text."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
