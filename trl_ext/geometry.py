@@ -77,6 +77,15 @@ PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
     "Qwen/Qwen2.5-3B-Instruct": {
         "hidden_size": 2048,
         "num_hidden_layers": 36,

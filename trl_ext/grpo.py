@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import trl
+from datasets import IterableDataset
 from torch import Tensor
 
 from trl_ext import checkpoints, kept_rows, ops, whole_groups
@@ -79,6 +80,11 @@ class GRPOTrainer(CoupledRows, Revisions, trl.GRPOTrainer):  # type: ignore[misc
                 raise PlanError(
                     [f"{name}: no part of the prompt can be hidden from this model: {reason}" for name in users]
                 )
+        if self.plan.using("choose_prompts") and isinstance(self.train_dataset, IterableDataset):
+            names = [method.name for method in self.plan.using("choose_prompts")]
+            raise PlanError(
+                [f"{name}: draws rows by number, which a stream has not; load the data set" for name in names]
+            )
         if reason := self._cannot_revise():
             names = [method.name for method in self.plan.using("revise")]
             raise PlanError([f"{name}: no second attempts {reason}" for name in names])

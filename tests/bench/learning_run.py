@@ -33,7 +33,7 @@ EVAL_SEED = 1_000_003
 PROBE = {"annotator": "sandbox", "action": "both", "verifier": "answer_correct"}
 LOGGED = (
     *("reward", "rewards/answer_correct/mean", "rewards/json_valid/mean", "frac_reward_zero_std"),
-    *("entropy", "completions/mean_length", "grad_norm", "step_time"),
+    *("entropy", "kl", "completions/mean_length", "grad_norm", "step_time", "tools/call_frequency"),
 )
 
 
@@ -94,9 +94,13 @@ def run(settings: RunSettings) -> dict[str, Any]:
         recipe = load_recipe(
             RECIPE, [*settings.overrides, *_words(settings, folder), "--methods", json.dumps(methods)]
         )
-        data = dataset("math", n=2000, seed=settings.seed)
+        kind, options = str(recipe.script_args.dataset_name).split("/")[1], recipe.extra.dataset_options or {}
+        data = dataset(kind, **{"n": 2000, **options, "seed": settings.seed})
         peft = get_peft_config(recipe.model_args)
-        trainer: Any = trl_ext.GRPOTrainer(path, list(recipe.rewards), recipe.training_args, data, peft_config=peft)
+        tools = list(recipe.tools) or None
+        trainer: Any = trl_ext.GRPOTrainer(
+            path, list(recipe.rewards), recipe.training_args, data, peft_config=peft, tools=tools
+        )
         trainer.remove_callback(PrinterCallback)
         held, lifts = _Held(trainer, AutoTokenizer.from_pretrained(path), settings), Lift(trainer)
         trainer.add_callback(held)
@@ -127,10 +131,17 @@ def _words(settings: RunSettings, folder: str) -> list[str]:
 
 
 def _by_step(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """Log entries -> {name: one value per step}, None where a step did not log it. The methods' numbers and `LOGGED`."""
-    entries = [e for e in history if "reward" in e]
-    names = {name for e in entries for name in e if name in LOGGED or name.split("/")[0] in METHODS}
+    """Log entries -> {name: one value per step}, None where a step did not log it.
+
+    The methods' numbers, the rewards' means and `LOGGED`.
+    """
+    entries = [e for e in history if "loss" in e]
+    names = {name for e in entries for name in e if name in LOGGED or name.split("/")[0] in METHODS or _is_mean(name)}
     return {name: [round(float(e[name]), 6) if name in e else None for e in entries] for name in sorted(names)}
+
+
+def _is_mean(name: str) -> bool:
+    return name.startswith("rewards/") and name.endswith("/mean")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from trl_ext.method import HIDDEN, POLICY, REFERENCE, LossInput, Method, Rollout
 
 def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
     """(N, V) twice -> (N,) squared Hellinger distance 1 - sum_v sqrt(p q): symmetric, 0 for p = q, 1 if disjoint."""
-    overlap = torch.logsumexp(torch.add(log_p, log_q).mul_(0.5), dim=-1).exp()  # one buffer of (N, V), not two
+    overlap = torch.add(log_p, log_q).mul_(0.5).exp_().sum(-1)  # one buffer of (N, V); terms are in [0, 1]
     return (1 - overlap).clamp(0.0, 1.0)  # rounding leaves [0, 1] by 1e-7
 
 
@@ -67,7 +67,6 @@ class Dgpo(Method):
     headline = ("d_mean", "h_mean", "weight_max")
     conflicts: ClassVar = {
         "real": "REAL replaces advantages by a loss on whole sequences, so token weights have no meaning; name one",
-        "fg_expo": "FG-ExPO scales a KL term and DGPO has none (beta: 0); name one",
     }
 
     tau: float = param(
