@@ -87,8 +87,20 @@ def test_an_async_reward_stays_async_and_is_checked() -> None:
 
 
 def test_the_table() -> None:
-    for name in REWARDS:
-        if name not in ("get_cosine_scaled_reward", "get_repetition_penalty_reward"):  # these take settings
+    skipped = ("get_cosine_scaled_reward", "get_repetition_penalty_reward")  # TRL's, these take settings
+    need_settings = (
+        "rl_struct",
+        "rl_struct_struct",
+        "json_schema",
+        "tool_call_format",
+        "text_format",
+        "reward_ensemble",
+    )
+    for name in set(REWARDS) - set(skipped):
+        if name in need_settings:
+            with pytest.raises(ValueError, match=r"missing a required argument|name either|at least two members"):
+                make_reward(name)
+        else:
             assert callable(make_reward(name))
     repetition = make_reward("get_repetition_penalty_reward", {"ngram_size": 2, "max_penalty": -1.0})
     # bigrams of 1 1 1: (1 1), (1 1); one of two is new, so half of the penalty

@@ -15,10 +15,11 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_ext.method import Setup
 from trl_ext.plan import Plan, PlanError, did_you_mean, make_plan, normalise
-from trl_ext.rewards import make_reward
+from trl_ext.rewards import make_rewards
 from trl_ext.rewards.checked import Reward
 from trl_ext.schedule import group_misfit
 from trl_ext.settings import cast_field, default_of, fields_of, hints_of, read_yaml
+from trl_ext.tools import load_tools
 
 TRAINERS = ("grpo", "dpo")
 _READ_LATER = ("methods", "rewards", "datasets")
@@ -33,6 +34,8 @@ class Extra:
     """Which trainer runs the recipe."""
     rewards: dict[str, Any] | list[str] | str | None = None
     """Names of rewards, or names with their settings; see `trl_ext.rewards.registry`."""
+    tools: list[str] | str | None = None
+    """Functions that the model may call in TRL's tool loop; see `trl_ext.tools`."""
     columns: dict[str, Any] | None = None
     """Our column name -> the data set's, e.g. {prompt: problem, answer: expected}."""
     prompt_template: str | None = None
@@ -71,11 +74,13 @@ def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] |
         return None
     classes = config_classes(trainer)
     values = _cast_all(raw, classes, problems)
+    rewards = _rewards(raw, trainer, problems)
+    problems += _default_weights(values, rewards)
     not_here = _not_here(values)
     extra, args, model_args, script_args, dataset_args = (
         _construct(cls, values | ({"use_cpu": True} if not_here else {}), problems) for cls in classes
     )
-    rewards = _rewards(raw, trainer, problems)
+    tools = _tools(values.get("tools"), trainer, problems)
     plan = _plan(raw.get("methods"), trainer, args, rewards, problems)
     problems += _together(values, trainer, rewards, problems)
     if problems:
@@ -89,6 +94,7 @@ def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] |
         "extra": extra,
         "plan": plan,
         "rewards": tuple(rewards),
+        "tools": tuple(tools),
         "not_here": not_here,
     }
 
@@ -181,7 +187,7 @@ def _rewards(raw: Mapping[str, Any], trainer: str, problems: list[str]) -> list[
             continue
         for name, settings in wanted.items():
             try:
-                found.append(make_reward(name, settings))
+                found += make_rewards(name, settings)
             except ValueError as error:
                 problems.append(f"{key}: {name}: {error}")
     names = reward_names(found)
@@ -191,6 +197,33 @@ def _rewards(raw: Mapping[str, Any], trainer: str, problems: list[str]) -> list[
     if trainer == "grpo" and not found and len(problems) == before:
         problems.append("rewards: name at least one reward (`rewards`, or TRL's `reward_funcs`)")
     return found
+
+
+def _default_weights(values: dict[str, Any], rewards: Sequence[Reward | str]) -> list[str]:
+    """Fills `reward_weights`, if it is not set, where a set of rewards such as `rl_struct` brings its own weights."""
+    weights = [getattr(reward, "default_weight", None) for reward in rewards]
+    if values.get("reward_weights") is not None or all(weight is None for weight in weights):
+        return []
+    values["reward_weights"] = [1.0 if weight is None else float(weight) for weight in weights]
+    if values.get("multi_objective_aggregation") != "normalize_then_sum":
+        return []
+    names = ", ".join(reward_names(rewards))
+    return [
+        "reward_weights: the weights that the rewards bring are meant for multi_objective_aggregation: "
+        "sum_then_normalize. normalize_then_sum gives every reward the same spread first, so that a factor inside one "
+        f"(the 0.1 of rl_struct_length) no longer counts: set reward_weights yourself ({names})"
+    ]
+
+
+def _tools(spec: Any, trainer: str, problems: list[str]) -> list[Any]:
+    try:
+        tools = load_tools(spec)
+    except ValueError as error:
+        problems.append(f"tools: {error}")
+        return []
+    if tools and trainer != "grpo":
+        problems.append(f"tools: only the grpo trainer calls tools; this is {trainer}")
+    return tools
 
 
 def _plan(spec: Any, trainer: str, args: Any, rewards: Sequence[Reward | str], problems: list[str]) -> Plan | None:
@@ -230,7 +263,7 @@ def _together(
             get("load_in_4bit") or get("load_in_8bit")
         )
         and not get("use_peft"),
-        f"reward_weights: {len(weights or [])} weights for {len(rewards)} rewards": weights
+        f"reward_weights: {len(weights or [])} weights for {len(rewards)} rewards ({', '.join(reward_names(rewards))})": weights
         and trainer == "grpo"
         and not any(p.startswith("reward") for p in problems)
         and len(weights) != len(rewards),
