@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,14 @@ def top_k_mask(scores: Tensor, k: int, largest: bool = True) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[torch.topk(scores, min(k, scores.numel()), largest=largest, sorted=False).indices] = True
     return mask
+
+
+def soft_min(values: Tensor, alpha: float, dim: int = 0) -> Tensor:
+    """-alpha log mean_k exp(-v_k / alpha) along `dim`, which goes: between min (alpha -> 0) and mean (alpha -> inf).
+
+    For value heads (SAFE, arXiv 2602.04651, alpha 0.3) and for ensembles of reward models on one scale. Has a gradient.
+    Raises ValueError unless alpha > 0.
+    """
+    if alpha <= 0:
+        raise ValueError(f"soft_min: alpha is {alpha}, it must be above 0; for the plain minimum use torch.amin")
+    return -alpha * (torch.logsumexp(-values / alpha, dim=dim) - math.log(values.size(dim)))
