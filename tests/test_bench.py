@@ -22,6 +22,7 @@ from tests.tiny import assert_equal, grpo_args, prompts, tiny_path, weights
 from trl_ext.methods import METHODS
 from trl_ext.methods.grpo.trace import ERROR, KEY
 from trl_ext.plan import settings_of
+from trl_ext.recipe import load_recipe
 
 # 2 layers, hidden 2, one head of size 2, MLP 3, vocabulary 5; 2 rows of 1 + 3 tokens
 HAND = Shape(2, 1, 3, hidden=2, layers=2, heads=1, kv_heads=1, head_dim=2, intermediate=3, vocab=5)
@@ -218,6 +219,40 @@ def test_recipe_changes_are_what_the_methods_own_recipe_changes_beside_the_metho
     assert learning.recipe_changes(["trace"]) == ()
     changed = dict(zip(*[iter(learning.recipe_changes(["capo", "trace"]))] * 2, strict=True))
     assert changed["--learning_rate"] == "0.01" and "--methods" not in changed
+
+
+def test_an_arm_of_rewards_changes_its_own_recipe_alone(tmp_path):
+    chosen = learning.arms(["rl_struct", "trace"], True, {})
+    assert list(chosen)[:4] == ["grpo", "rl_struct", "rl_struct, without struct", "rl_struct, without valid"]
+    assert learning.recipe_changes(["rl_struct", "trace"]) == () == learning.own_changes("trace")
+    asked = {}
+
+    def go(settings):
+        asked[settings.arm] = load_recipe(learning.RECIPE, settings.overrides)
+        held = [e | {"step": i} for i, e in enumerate(_run(0.3)["held_out"])]
+        return _run(0.3) | {"held_out": held, "seconds": 1.0, "cpu_seconds": 1.0}
+
+    sizes = {"steps": 4, "eval_every": 2, "eval_rows": 40}
+    learning.bench(chosen, 1, tmp_path, 1, go, overrides=("--learning_rate", "2e-3"), **sizes)
+    assert {recipe.training_args.learning_rate for recipe in asked.values()} == {2e-3}
+    assert asked["grpo"].reward_names == asked["trace"].reward_names == ["json_valid", "answer_correct"]
+    weights = {arm: r.training_args.reward_weights for arm, r in asked.items() if arm.startswith("rl_struct")}
+    assert weights == {
+        "rl_struct": [1.0, 1.0, 0.5, 0.5, 0.1],
+        "rl_struct, without struct": [1.0, 0.0, 0.5, 0.5, 0.1],
+        "rl_struct, without valid": [0.0, 1.0, 0.5, 0.5, 0.1],
+    }
+
+
+def test_the_lead_of_syntax_over_content():
+    """Means over 5 steps: valid 0.1, 0.3, 0.5, 0.7, 0.9, 0.9 ...; correct five steps later."""
+    rise = [0.1] * 5 + [0.9] * 15
+    late = [0.1] * 10 + [0.9] * 10
+    log = {"rewards/rl_struct_valid/mean": rise, "rewards/rl_struct_correct/mean": late}
+    lead = claims.CLAIMS["rl_struct"][0].metric.read
+    assert lead({"log": log}) == 5
+    assert lead({"log": log | {"rewards/rl_struct_valid/mean": [0.5] * 20}}) is None, "never rose"
+    assert lead({"log": {}}) is None
 
 
 @pytest.mark.parametrize(

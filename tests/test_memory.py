@@ -128,6 +128,8 @@ def test_published_geometry_by_hand() -> None:
     ("name", "billions"),
     [
         ("Qwen/Qwen2.5-Math-1.5B", 1.54),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1.54),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78),
         ("Qwen/Qwen2.5-3B-Instruct", 3.09),
         ("Qwen/Qwen2.5-7B", 7.61),
         ("Qwen/Qwen2.5-Math-7B", 7.61),

@@ -48,6 +48,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "intermediate_size": 9728,
         "tie_word_embeddings": True,
     },
+    "Qwen/Qwen3-4B-Base": {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+        "tie_word_embeddings": True,
+    },
     "Qwen/Qwen3-8B": {
         "hidden_size": 4096,
         "num_hidden_layers": 36,
@@ -69,6 +76,15 @@ _QWEN25_7B: dict[str, Any] = {
 }
 PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-Math-1.5B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-1.5B-Instruct": {
         "hidden_size": 1536,
         "num_hidden_layers": 28,
         "num_attention_heads": 12,

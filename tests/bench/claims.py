@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,12 +11,15 @@ from tests.bench.learning_report import (
     ACCURACY,
     BASELINE,
     ENTROPY,
+    TRAINING,
     Metric,
+    Run,
     Runs,
     difference,
     distance,
     early,
     logged,
+    mean_of,
     over_seeds,
     paired,
     rise,
@@ -40,6 +44,57 @@ def _nats(name: str, read: Any) -> Metric:
     return Metric(name, "nats", read)
 
 
+def _drops(run: Run) -> float:
+    """Steps at which the mean reward was more than 0.1 lower than at the step before."""
+    return float(sum(after < before - 0.1 for before, after in itertools.pairwise(run["log"]["reward"])))
+
+
+def _over_tau(run: Run) -> float | None:
+    """How far SAFE's KL ends above its threshold; 0 below it."""
+    kl, tau = tail("safe/kl")(run), tail("safe/tau")(run)
+    return None if kl is None or tau is None else max(0.0, kl - tau)
+
+
+def _entropy_when_active(run: Run) -> float | None:
+    """Mean entropy of the steps at which SAFE's penalty was active, minus that of the others."""
+    log = run["log"]
+    pairs = list(zip(log["entropy"], log["safe/active"], strict=True))
+    active, other = (mean_of([h for h, on in pairs if on == want]) for want in (1, 0))
+    return None if active is None or other is None else active - other
+
+
+def _uneven(run: Run) -> float | None:
+    """How much the gradient norm changes from step to step, over its mean: losses of different scale compare."""
+    changes, level = wobble("grad_norm")(run), logged("grad_norm")(run)
+    return changes / level if changes is not None and level else None
+
+
+def _ninety_percent(name: str, run: Run) -> int | None:
+    """The step at which a moving mean over 5 steps has made nine tenths of its way from its start to its end."""
+    values = [v for v in run["log"].get(name, []) if v is not None]
+    means = [sum(values[i : i + 5]) / 5 for i in range(len(values) - 4)]
+    if not means or means[-1] <= means[0]:
+        return None  # it never rose
+    aim = means[0] + 0.9 * (means[-1] - means[0])
+    return next(i for i, value in enumerate(means) if value >= aim)
+
+
+def _syntax_first(run: Run) -> float | None:
+    """Steps by which RL-Struct's valid term is there before its correct term."""
+    valid, correct = (_ninety_percent(f"rewards/rl_struct_{term}/mean", run) for term in ("valid", "correct"))
+    return None if valid is None or correct is None else float(correct - valid)
+
+
+def _rl_struct(term: str) -> Metric:
+    return Metric(f"{term} term at the end", "%", tail(f"rewards/rl_struct_{term}/mean"), 100, 1)
+
+
+def _held_at(share: float) -> Any:
+    """Held-out accuracy at the measurement that lies at this share of the steps."""
+    return lambda run: run["held_out"][round(share * (len(run["held_out"]) - 1))]["accuracy"]
+
+
+EARLIER = Metric("held-out accuracy after two fifths", "points", _held_at(0.4), 100, 1)
 NOT_WORSE = Claim("accuracy not below GRPO's", ACCURACY, "not below")
 ENTROPY_TARGET = 0.2  # of recipes/sandbox_dcpo.yaml
 CLAIMS: Mapping[str, Sequence[Claim]] = {
@@ -132,6 +187,152 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
             "bonus alone",
         ),
         Claim("higher entropy than GRPO's", ENTROPY, "above"),
+    ),
+    "real": (
+        Claim("accuracy above GRPO's", ACCURACY, "above"),
+        Claim("entropy does not collapse", ENTROPY, "not below"),
+        Claim("smoother gradient norm", Metric("wobble of grad_norm over its mean", "", _uneven), "below"),
+        Claim("logits of right rollouts rise above 0", _nats("s_positive", logged("real/s_positive")), "above", 0),
+        Claim("logits of wrong rollouts fall below 0", _nats("s_negative", logged("real/s_negative")), "below", 0),
+        Claim("accuracy above that without the anchor", ACCURACY, "above", "no anchor"),
+    ),
+    "group_dpo": (
+        NOT_WORSE,
+        Claim(
+            "implicit accuracy above 0.5 early",
+            Metric("early implicit_acc", "", early("group_dpo/implicit_acc")),
+            "above",
+            0.5,
+        ),
+        Claim("the weight shrinks", Metric("weight at the end", "", tail("group_dpo/weight")), "below", 0.5),
+        Claim(
+            "and with it the way from the reference",
+            _nats("KL to the reference at the end", tail("group_dpo/kl")),
+            "below",
+            "mean over the group",
+        ),
+    ),
+    "fg_expo": (
+        NOT_WORSE,
+        Claim(
+            "fewer groups all right or all wrong than with uniform draws and a fixed KL",
+            Metric("groups all right or all wrong", "%", logged("fg_expo/one_sided"), 100, 1),
+            "below",
+            "neither part",
+        ),
+        Claim(
+            "larger KL while the accuracy is low than with a fixed KL",
+            _nats("early KL to the reference", early("kl")),
+            "above",
+            "neither part",
+        ),
+    ),
+    "mdpo": (
+        NOT_WORSE,
+        Claim("KL to the old policy falls as t falls", _nats("rise of kl_old", rise("mdpo/kl_old")), "below", 0),
+        Claim(
+            "ratios bounded, unlike without the KL",
+            Metric("largest ratio of a completion", "", logged("mdpo/ratio_max")),
+            "below",
+            "no KL",
+        ),
+        Claim("entropy not lower than GRPO's", ENTROPY, "not below"),
+    ),
+    "target_surrogate": (
+        NOT_WORSE,
+        Claim("stable where reuse without a target diverges: accuracy", ACCURACY, "above", "no target"),
+        Claim(
+            "stable where reuse without a target diverges: log-ratios",
+            _nats("|d|", logged("target_surrogate/d_abs")),
+            "below",
+            "no target",
+        ),
+    ),
+    "safe": (
+        NOT_WORSE,
+        Claim("fewer reward drops of more than 0.1 than GRPO", Metric("reward drops", "steps", _drops, 1, 1), "below"),
+        Claim(
+            "KL near the threshold instead of drifting",
+            _nats("KL above tau at the end", _over_tau),
+            "below",
+            "without gradient",
+        ),
+        Claim("lower KL", _nats("KL at the end", tail("safe/kl")), "below", "without gradient"),
+        Claim(
+            "the penalty acts mostly when entropy is low",
+            _nats("entropy of steps with penalty minus others", _entropy_when_active),
+            "below",
+            0,
+        ),
+    ),
+    "paced": (
+        NOT_WORSE,
+        Claim(
+            "fewer wasted updates: groups without variance",
+            Metric("groups without variance", "%", logged("frac_reward_zero_std"), 100, 1),
+            "below",
+            "every prompt alike",
+        ),
+        Claim("higher accuracy than with equal weights", ACCURACY, "above", "every prompt alike"),
+    ),
+    "trace+paced": (
+        Claim("higher accuracy than unweighted distillation", ACCURACY, "above", "trace"),
+        Claim("steadier gradient norm", Metric("wobble of grad_norm", "", wobble("grad_norm")), "below", "trace"),
+    ),
+    "riskpo": (
+        NOT_WORSE,
+        Claim("entropy clearly higher than GRPO's", ENTROPY, "above"),
+        Claim("weight on the upper tail makes the entropy collapse", ENTROPY, "above", "risk seeking"),
+        Claim(
+            "the lower tail is higher than with weight on the upper one",
+            Metric("cvar at the end", "", tail("riskpo/cvar")),
+            "above",
+            "risk seeking",
+        ),
+        Claim(
+            "prompts without a gradient in GRPO get one",
+            Metric("flat prompts with a signal", "%", logged("riskpo/flat_with_signal"), 100, 1),
+            "above",
+            0,
+        ),
+    ),
+    "oblr_po": (
+        NOT_WORSE,
+        Claim("steadier training than GRPO's", Metric("wobble of reward", "", wobble("reward")), "below"),
+        Claim("rho falls as the accuracy saturates", Metric("rise of rho", "", rise("oblr_po/rho")), "below", 0),
+        Claim("accuracy above that with the mean as baseline", ACCURACY, "above", "mean baseline"),
+    ),
+    "scaf_grpo": (
+        NOT_WORSE,
+        Claim("solves hard problems without hints that GRPO does not learn", TRAINING, "above"),
+        Claim(
+            "questions graduate: fewer groups without a success as training goes on",
+            Metric("rise of failed groups", "groups", rise("scaf_grpo/failed_groups"), 1, 1),
+            "below",
+            0,
+        ),
+        Claim("accuracy above that without the hint in the prompt", TRAINING, "above", "hint not in the prompt"),
+    ),
+    "dynamic_sampling": (
+        NOT_WORSE,
+        Claim("rises faster per optimizer step: accuracy after two fifths of the steps", EARLIER, "above"),
+        Claim(
+            "no groups without variance",
+            Metric("groups without signal after the refill", "%", logged("dynamic_sampling/flat_after"), 100, 1),
+            "below",
+            0.01,
+        ),
+        Claim("accuracy above that with middle accuracies only", ACCURACY, "above", "middle accuracies only"),
+    ),
+    "rl_struct": (
+        Claim(
+            "syntax saturates before content: valid is at 90% of its rise before correct is",
+            Metric("lead of syntax", "steps", _syntax_first, 1, 1),
+            "above",
+            0,
+        ),
+        Claim("more required keys than without the struct term", _rl_struct("struct"), "above", "without struct"),
+        Claim("more valid JSON than without the valid term", _rl_struct("valid"), "above", "without valid"),
     ),
 }
 """Method -> its card's claims ("What a user would see") as far as the sandbox can show them."""

@@ -2,7 +2,8 @@
 
 Each run is a process with one thread that trains once (`learning_run`) from the recipe `sandbox_grpo` with the arm's
 methods and whatever else the method's own sandbox recipe changes; plain GRPO gets the same changes, without the method;
-seeds change data order and sampling, the warm-started model is the same. Finished runs are kept
+seeds change data order and sampling, the warm-started model is the same. An arm of `REWARD_ARMS` (rl_struct) changes the
+rewards, and only its own. Finished runs are kept
 in OUT/runs and not repeated, so an interrupted bench goes on where it stopped. A bench of TRACE carries the
 span probe (`probe`) in all arms, which changes nothing. Arms: a method's name, or several joined by "+".
 """
@@ -19,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,26 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "pgpo": {"mass not kept": {"conserve_mass": False}},
     "d3s": {"no schedule": {"sample_end": 0.25, "token_end": 0.2}},
     "epo": {"bonus alone": {"alpha": 0.0}},
+    "real": {"no anchor": {"form": "product"}},
+    "group_dpo": {"mean over the group": {"over_group": "mean"}},
+    "mdpo": {"no KL": {"t": "inf"}},
+    "target_surrogate": {"no target": {"eta": "inf"}},
+    "safe": {"without gradient": {"grad": "constant"}},
+    "fg_expo": {"neither part": {"rho": "constant", "sigma": "inf"}},
+    "riskpo": {"risk seeking": {"variant": "code", "risk": "seeking"}},
+    "oblr_po": {"mean baseline": {"baseline": False}},
+    "paced": {"every prompt alike": {"a": 0.0, "b": 0.0}},
+    "scaf_grpo": {"hint not in the prompt": {"replace_hint_prompt": True}},
+    "dynamic_sampling": {"middle accuracies only": {"low": 0.2, "high": 0.8}},
 }
 """Method -> name of the ablation -> the settings that it changes: the cards' controls."""
+REWARD_ARMS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "rl_struct": {  # a weight of 0 keeps the term in the log; order: valid, struct, format, correct, length
+        "without struct": ("--reward_weights", "1.0", "0.0", "0.5", "0.5", "0.1"),
+        "without valid": ("--reward_weights", "0.0", "1.0", "0.5", "0.5", "0.1"),
+    },
+}
+"""Arms that are rewards and no method: the end of a sandbox recipe's name -> ablation -> words of a command line."""
 QUICK = {"steps": 4, "eval_every": 2, "eval_rows": 40, "seeds": 2}
 QUICK_OVERRIDES = ("--per_device_train_batch_size", "32", "--max_completion_length", "48")
 Go = Callable[[RunSettings], Run]
@@ -60,10 +79,22 @@ def settings_of(method: str, changed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_changes(methods: Sequence[str]) -> tuple[str, ...]:
-    """What the methods' own sandbox recipes change beside the method, as words of a command line."""
+    """What the methods' own sandbox recipes change beside the method, for all arms, as words of a command line."""
+    return _changes(name for arm in methods for name in arm.split("+") if name not in REWARD_ARMS)
+
+
+def own_changes(arm: str) -> tuple[str, ...]:
+    """What only this arm changes: the rewards of one of `REWARD_ARMS`, and those of its ablation."""
+    name, _, ablation = arm.partition(", ")
+    if name not in REWARD_ARMS:
+        return ()
+    return (*_changes([name]), *(REWARD_ARMS[name][ablation] if ablation else ()))
+
+
+def _changes(names: Iterable[str]) -> tuple[str, ...]:
     plain = load_recipe(RECIPE).raw
     words: dict[str, Any] = {}
-    for method in dict.fromkeys(name for arm in methods for name in arm.split("+")):
+    for method in dict.fromkeys(names):
         path = ROOT / "recipes" / f"sandbox_{method}.yaml"
         own = load_recipe(str(path)).raw if path.exists() else {}
         words |= {k: v for k, v in own.items() if k not in ("methods", "max_steps") and plain.get(k) != v}
@@ -78,6 +109,9 @@ def arms(methods: Sequence[str], ablations: bool, changed: Mapping[str, Mapping[
     """Arm -> `methods` mapping; plain GRPO comes first."""
     found: dict[str, Any] = {BASELINE: {}}
     for arm in methods:
+        if arm in REWARD_ARMS:
+            found |= {arm: {}, **{f"{arm}, {label}": {} for label in (REWARD_ARMS[arm] if ablations else ())}}
+            continue
         parts = {name: settings_of(name, changed.get(name, {})) for name in arm.split("+")}
         found[arm] = parts
         if ablations and len(parts) == 1:
@@ -135,7 +169,12 @@ def bench(
 ) -> dict[str, Any]:
     """All arms and seeds -> the result with tables and verdict; the picture beside it. Seed by seed, so that what an
     interrupted bench has finished is comparable."""
-    wanted = [RunSettings(arm, methods, seed, **settings) for seed in range(seeds) for arm, methods in chosen.items()]
+    shared = {**settings, "overrides": settings.get("overrides", ())}
+    wanted = [
+        RunSettings(arm, methods, seed, **{**shared, "overrides": (*shared["overrides"], *own_changes(arm))})
+        for seed in range(seeds)
+        for arm, methods in chosen.items()
+    ]
     runs: dict[str, dict[int, Run]] = {arm: {} for arm in chosen}
     for asked, found in zip(wanted, run_all(wanted, folder, jobs, go), strict=True):
         runs[asked.arm][asked.seed] = found

@@ -4,7 +4,9 @@ Scoring, loss, backward, clipping and optimizer on one fixed rollout (see `steps
 left out.
 Variants take turns (A B C A B C ...), so that a drift of the machine meets all of them; a ratio is the median over
 rounds of variant / stock TRL of the same round. Nothing is asserted on wall time. Beside each ratio: the arithmetic
-floor (`flops.floor_ratio`), and a TRACE that builds (B, T, V) log-probs for its KL.
+floor (`flops.floor_ratio`), and a TRACE that builds (B, T, V) log-probs for its KL. EPO's floor is stock TRL with its own
+entropy bonus (`entropy_coef`): the gradient of the entropies adds no product, but four passes over every (tokens, V) tile
+of TRL's CPU head. On a GPU they are part of a kernel that runs anyway.
 
 Memory: most bytes of live tensors during a step above those before it (`steps.peak_bytes`), and what a method keeps
 between steps. TRL's own projection tile (min(tokens, 4096) x 32,768 floats) is part of every row.

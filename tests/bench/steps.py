@@ -13,7 +13,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from trl_ext.annotate import Request, Span
 from trl_ext.method import REFERENCE, TEACHER, LossInput, Method
 from trl_ext.methods import METHODS
 from trl_ext.methods.grpo.dgpo import Dgpo, hellinger
+from trl_ext.methods.grpo.epo import Epo
 from trl_ext.methods.grpo.trace import Trace, routed_kl
 from trl_ext.plan import PlanError, make_plan
 from trl_ext.sandbox.model import sandbox_tokenizer
@@ -36,17 +37,25 @@ GROUP = 2
 LINES = 4  # of a completion: one of them is a quarter of its tokens, TRACE's coverage cap
 INSIDE, AFTER = 1, 40  # optimizer steps inside and after TRACE's default window of 40
 FLAGGED = "tests.bench.steps.annotate_flagged"
-OWN: dict[str, Any] = {"pgpo": {"pattern": "[0-9]+"}}  # what a method needs to run on these prompts of digits
+OWN: dict[str, Any] = {  # what a method needs to run on these prompts of digits, in a stock step without KL
+    "pgpo": {"pattern": "[0-9]+"},
+    "fg_expo": {"akl": False},
+    "paced": {"use": "advantages"},
+    "riskpo": {"bundle_size": 2},
+}
+UNSCALED = {"riskpo", "oblr_po"}  # they replace the advantages and ask for scale_rewards none; the work is the same
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A trainer to compare: `methods` of ours (None: stock TRL), the optimizer step, the share of rows with a span."""
+    """A trainer to compare: `methods` of ours (None: stock TRL), the optimizer step, the share of rows with a span, and
+    settings of TRL's own that differ from `settings`."""
 
     label: str
     methods: Mapping[str, Any] | None
     at: int = INSIDE
     share: float = 0.25
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
 def annotate_flagged(requests: Sequence[Request]) -> list[list[Span]]:
@@ -104,6 +113,9 @@ EXTRAS: Mapping[str, Extra] = {
     "pgpo": Extra(forwards=1, heads=1),  # the forward with the evidence hidden
     "dcpo": Extra(heads=0.5),  # one projection, of the completions with a positive reward: half of them here
     "capo": Extra(heads=1),  # the top logits
+    "safe": Extra(forwards=1, heads=1),  # the reference's log-probs, as `beta` would cost
+    "group_dpo": Extra(forwards=1, heads=1),  # the reference's log-probs; real has no line: its groups fit here
+    "oblr_po": Extra(forwards=1, heads=1),  # the policy's distributions under the weights that sampled
 }
 """What each method cannot do without. Those that are not here read what TRL's step computes anyway."""
 
@@ -112,9 +124,13 @@ NAIVE = (NaiveTrace.name, NaiveDgpo.name)
 
 
 def variants(naive: bool = True) -> list[Variant]:
-    """Stock TRL twice (the difference is noise), no method, each method, all that compose, and the naive TRACE."""
+    """Stock TRL twice (the difference is noise), no method, each method, all that compose, and the naive TRACE.
+
+    Stock TRL with its own entropy bonus is there for EPO: both send a gradient of the entropies back through TRL's head.
+    """
     trace = {"trace": {"action": "both", "annotator": FLAGGED, "clip_mode": "none"}}
     found = [Variant("trl", None), Variant("trl again", None), Variant("no method", {})]
+    found.append(Variant("trl, own entropy bonus", None, own={"entropy_coef": Epo().coefficient}))
     for name in (name for name, cls in METHODS.items() if cls.trainer == "grpo" and name not in NAIVE):
         if name != "trace":
             found.append(Variant(name, {name: OWN.get(name, {})}))
@@ -228,7 +244,9 @@ class Bench:
         self.variant, self.shape = variant, shape
         self._rows = rows = prompt_rows(shape, variant.share)
         init = kwargs.pop("init", {})
-        args = settings(shape, folder, **kwargs)
+        args = settings(shape, folder, **variant.own, **kwargs)
+        if UNSCALED & set(variant.methods or {}):
+            args["scale_rewards"] = "none"
         stock = variant.methods is None
         config = trl.GRPOConfig(**args) if stock else trl_ext.GRPOConfig(**args, methods=dict(variant.methods or {}))
         cls: Any = trl.GRPOTrainer if stock else trl_ext.GRPOTrainer

@@ -15,6 +15,7 @@ import trl_ext
 from tests.tiny import grpo_args, prompts, tiny_path, weights
 
 TRACE = {"action": "both", "annotator": "tests.tiny.annotate_first", "clip": None, "coverage": 0.5}
+SAFE = {"kl_base": 0.0, "tau_low": 0.0, "tau_high": 0.0, "kl_short_ema": 0.0, "penalty_strength": 5.0}
 CASES: dict = {
     "none": {"methods": None},
     "trace": {"methods": {"trace": TRACE}, "loss_type": "grpo"},
@@ -35,8 +36,44 @@ CASES: dict = {
     "d3s_kl": {"methods": {"d3s": {"scope": "generation_batch"}}, "beta": 0.1, "num_iterations": 2},
     "epo": {"methods": {"epo": {"coefficient": 0.1, "lower": 0.9, "upper": 1.1, "history": "turn"}}},
     "epo_step": {"methods": {"epo": {"coefficient": 0.1, "lower": 0.9, "upper": 1.1}}, "num_iterations": 2},
+    "fg_expo": {"methods": {"fg_expo": {"sigma": 0.15, "factor": 0.5}}, "beta": 0.1, "loss_type": "grpo"},
+    "real": {"methods": {"real": {}}, "num_iterations": 2},  # old log-probs, then torn groups forwarded again
+    "real_bce": {"methods": {"real": {"form": "bce"}}, "num_iterations": 2, "loss_type": "grpo"},
+    "group_dpo": {"methods": {"group_dpo": {}}, "num_iterations": 2},
+    "group_dpo_step": {"methods": {"group_dpo": {"weight_at": "step"}}, "num_iterations": 2},
+    "group_dpo_late": {"methods": {"group_dpo": {}}},  # no old log-probs, so one forward before the loss
+    "mdpo": {"methods": {"mdpo": {"t": 0.3, "kl": "exact"}}, "num_iterations": 2},
+    "mdpo_sequence": {
+        "methods": {"mdpo": {"form": "sequence", "pmd": "partition", "tau": 0.2}},
+        "loss_type": "grpo",
+        "scale_rewards": "none",
+        "num_iterations": 2,
+    },
+    "target_surrogate": {
+        "methods": {"target_surrogate": {"eta": 0.6, "schedule": "adagrad", "divergence": "kl"}},
+        "num_iterations": 2,
+    },
+    # Two groups of 4, one on each process: every bundle takes a response from both
+    "riskpo": {
+        "methods": {"riskpo": {"bundle_size": 2, "credit": "sum-mean"}},
+        "num_generations": 4,
+        "num_iterations": 2,
+        "scale_rewards": "none",
+    },
+    # Its learning rate depends on the number of micro-batches over all processes, as the estimate does
+    "oblr_po": {"methods": {"oblr_po": {"adapt_lr": False}}, "loss_type": "grpo", "scale_rewards": "none"},
     # At 0.8 the last kept entropy is unique here: the first tokens of one prompt tie, and row order would break the tie
     "both": {"methods": {"trace": TRACE, "high_entropy": {"quantile": 0.8}}},
+    # The penalty acts as soon as the sampled KL is above 0
+    "safe": {"methods": {"safe": SAFE}},
+    "safe_critic": {
+        "methods": {
+            "safe": SAFE | {"kl_from": "rollout", "critic": True, "critic_gradient": "policy", "critic_lr": 0.05}
+        },
+        "loss_type": "grpo",
+    },
+    "paced": {"methods": {"trace": TRACE, "paced": {"normalize": "none"}}, "loss_type": "grpo"},
+    "paced_sampler": {"methods": {"paced": {"use": "sampler", "smoothing": 0.5}}, "loss_type": "grpo"},
 }
 
 
@@ -59,7 +96,7 @@ def reward(completions, **kwargs):
 
 
 def train(case: str, folder: str, processes: int) -> FixedRollouts:
-    """One group of 8 per rollout: with two processes it is split between them.
+    """One group of 8 per rollout unless the case says otherwise: with two processes it is split between them.
 
     Plain SGD: Adam's first steps follow the sign of a gradient, and so the last bit of one that is almost 0.
     """
@@ -68,7 +105,7 @@ def train(case: str, folder: str, processes: int) -> FixedRollouts:
     kwargs = {"num_generations": 8, "per_device_train_batch_size": 8 // processes, "optim": "sgd"}
     kwargs |= {"learning_rate": 0.1}
     kwargs |= {"ddp_backend": "gloo"} if processes > 1 else {}
-    args = trl_ext.GRPOConfig(**grpo_args(folder, **kwargs, **settings), methods=methods)
+    args = trl_ext.GRPOConfig(**grpo_args(folder, **kwargs | settings), methods=methods)
     trainer = FixedRollouts(tiny_path(), reward, args, prompts())
     trainer.train()
     return trainer
