@@ -48,6 +48,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "intermediate_size": 9728,
         "tie_word_embeddings": True,
     },
+    "Qwen/Qwen3-4B-Instruct-2507": {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+        "tie_word_embeddings": True,
+    },
     "Qwen/Qwen3-4B-Base": {
         "hidden_size": 2560,
         "num_hidden_layers": 36,
@@ -113,6 +120,7 @@ PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
     },
     "Qwen/Qwen2.5-7B": _QWEN25_7B,
     "Qwen/Qwen2.5-Math-7B": _QWEN25_7B,
+    "Qwen/Qwen2.5-Math-7B-Instruct": _QWEN25_7B,
     "Qwen/Qwen2.5-32B": {
         "hidden_size": 5120,
         "num_hidden_layers": 64,
