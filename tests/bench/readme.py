@@ -1,7 +1,7 @@
-"""Writes the generated parts of README.md: `python -m tests.bench.readme`; with `--check` it only says what is stale.
+"""Writes the generated parts of README.md and the paper index: `python -m tests.bench.readme`; with `--check` it only says what is stale.
 
 Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`: `bench:overhead`, `bench:evals`, `bench:gpu` and `bench:learning` come
-from tests/bench/results/*.json, `methods` (the paper index) from the classes. A marker pair that is absent is left out.
+from tests/bench/results/*.json, `methods` from the classes. A marker pair that is absent is left out.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from tests.bench.common import RESULTS, ROOT, Interval, quiet, table
 
 quiet()
 
-from tests.bench import evals, gpu, learning_report, overhead  # noqa: E402 - after the environment is set
-from trl_ext.method import Method, overrides  # noqa: E402
+from tests.bench import evals, gpu, index, learning_report, overhead  # noqa: E402 - after the environment is set
+from trl_ext.method import Method  # noqa: E402
 from trl_ext.methods import METHODS  # noqa: E402
-from trl_ext.plan import STAGES, settings_of  # noqa: E402
+from trl_ext.plan import settings_of  # noqa: E402
 
 MISSING = "No result yet: run `make {target}`."
 
 
 def methods_table(methods: Mapping[str, type[Method]]) -> str:
-    """The paper index: name, paper, trainer, stages, and with what it does not go together."""
-    head = ("name", "paper", "trainer", "stages it changes", "defaults: stated / from code / decided", "composes with")
+    """A line for each method; the paper index says more."""
+    head = ("name", "paper", "stages it changes", "defaults: stated / from code / decided", "not with")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, cls in methods.items():
-        link = f"[{cls.title}](https://arxiv.org/abs/{cls.paper})"
+        title, _, rest = cls.title.partition(": ")
+        paper = f"[{title if rest and len(title) < 40 else cls.title}](https://arxiv.org/abs/{cls.paper})"
+        against = ", ".join(f"`{other}`" for other in index.refused(cls, methods))
         lines.append(
-            f"| `{name}` | {link} | {cls.trainer} | {stages_of(cls)} | {provenance(cls)} | {partners(cls, methods)} |"
+            f"| [`{name}`](trl_ext/methods/README.md#{name}) | {paper} | {index.stages_of(cls)} | {provenance(cls)} | {against} |"
         )
     return "\n".join(lines)
 
@@ -64,26 +66,6 @@ def provenance(cls: type[Method]) -> str:
     return " / ".join(str(kinds.count(kind)) for kind in ("paper", "code", "decided"))
 
 
-def stages_of(cls: type[Method]) -> str:
-    """The stages of a step that the class changes, in their order."""
-    method = cls()
-    return ", ".join(stage for stage, hooks in STAGES.items() if any(overrides(method, hook) for hook in hooks))
-
-
-def partners(cls: type[Method], methods: Mapping[str, type[Method]]) -> str:
-    """Every other method of the same trainer, minus conflicts and owners of the same slot, which are named."""
-    others = [other for other in methods.values() if other is not cls and other.trainer == cls.trainer]
-    refused = {
-        o.name: f"both own {', '.join(sorted({*cls.owns} & {*o.owns}))}" for o in others if {*cls.owns} & {*o.owns}
-    }
-    for other in others:
-        if reason := cls.conflicts.get(other.name) or other.conflicts.get(cls.name):
-            refused[other.name] = reason
-    free = ", ".join(f"`{o.name}`" for o in others if o.name not in refused)
-    against = "; ".join(f"not `{name}`: {reason}" for name, reason in refused.items())
-    return "; ".join(part for part in (free, against) if part) or "no other method yet"
-
-
 def _result(name: str, target: str, show: Callable[[dict[str, Any]], str], folder: Path) -> str:
     path = folder / f"{name}.json"
     return show(json.loads(path.read_text())) if path.exists() else MISSING.format(target=target)
@@ -96,9 +78,18 @@ def _learning(folder: Path) -> str:
         return MISSING.format(target="bench-learning")
     rows = [_learning_row(result, arm) for result in results for arm in _main_arms(result)]
     head = ("method", "held-out accuracy, %", "minus GRPO, points", "minus GRPO, entropy in nats", "curves")
-    claims = [_claim(result, found) for result in results for found in result.get("claims", [])]
     foot = "\n".join(dict.fromkeys(learning_report.foot(result) for result in results))
-    return "\n\n".join(part for part in (table(head, rows), "\n".join(claims), foot) if part)
+    return "\n\n".join(part for part in (table(head, rows), foot) if part)
+
+
+def evidence(folder: Path) -> dict[str, list[str]]:
+    """Method -> what the learning benches found of its card's claims."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("learning_*.json")):
+        result = json.loads(path.read_text())
+        for claim in result.get("claims", []):
+            found.setdefault(_main_arms(result)[0], []).append(_claim(claim))
+    return found
 
 
 def _main_arms(result: Mapping[str, Any]) -> list[str]:
@@ -117,11 +108,10 @@ def _interval(values: Sequence[float] | None, metric: learning_report.Metric, pl
     return "" if values is None else Interval(*values, 0).text(metric.scale, metric.digits, plus)
 
 
-def _claim(result: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    arm = _main_arms(result)[0]
+def _claim(found: Mapping[str, Any]) -> str:
     against = "" if isinstance(found["against"], float | int) else f" against {found['against']}"
     numbers = f" ({found['metric']}{against}: {found['found']})" if "found" in found else ""
-    return f"- `{arm}`: {found['text']}: **{found['outcome']}**{numbers}."
+    return f"- {found['text']}: **{found['outcome']}**{numbers}."
 
 
 def parts(folder: Path = RESULTS) -> dict[str, str]:
@@ -147,21 +137,24 @@ def fill(text: str, texts: Mapping[str, str]) -> str:
     return text
 
 
-def main(words: Sequence[str] | None = None, readme: Path = ROOT / "README.md", folder: Path = RESULTS) -> None:
+def main(
+    words: Sequence[str] | None = None,
+    readme: Path = ROOT / "README.md",
+    folder: Path = RESULTS,
+    papers: Path = ROOT / "trl_ext" / "methods" / "README.md",
+) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 when README.md would change")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a file would change")
     args = parser.parse_args(words)
     if not readme.exists():
         sys.exit(f"{readme} does not exist yet: write it with the markers that `--help` names, then run this again.")
-    text = readme.read_text()
-    wanted = fill(text, parts(folder))
-    if wanted == text:
-        print(f"{readme.name} is current.")
-    elif args.check:
-        sys.exit(f"{readme.name} is not current: run `make docs`.")
-    else:
-        readme.write_text(wanted)
-        print(f"{readme.name} written.")
+    wanted = {readme: fill(readme.read_text(), parts(folder)), papers: index.page(METHODS, evidence(folder))}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if stale and args.check:
+        sys.exit(f"{', '.join(path.name for path in stale)} not current: run `make docs`.")
+    for path in stale:
+        path.write_text(wanted[path])
+    print(f"{len(stale)} files written." if stale else "All is current.")
 
 
 if __name__ == "__main__":
