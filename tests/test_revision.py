@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -70,6 +71,7 @@ def test_a_hinted_completion_takes_its_place(train):  # noqa: F811
     assert [HINT in p for p in rollout.prompts] == [False, True] + [False] * 6
     assert group.rewards[0, 1] == samples.rewards[0] and group.rewards[0, 0] == attempt.rewards[0, 0]
     assert torch.equal(group.rewards[1], attempt.rewards[1])
+    assert samples.lengths.tolist()[0] == group.lengths[0, 1] and samples.lengths.shape == (2,)
     lengths = rollout.prompt_mask.sum(1)
     assert lengths[1] > lengths[0] == lengths[2]  # the batch holds the hinted prompt, under which all log-probs are
     x = SEEN[-1]
@@ -77,6 +79,42 @@ def test_a_hinted_completion_takes_its_place(train):  # noqa: F811
     log = trainer.state.log_history[0]
     assert log["rewards/letters_reward/mean"] == pytest.approx(float(attempt.rewards.mean()), abs=1e-6)
     assert log["reward"] == pytest.approx(float(attempt.rewards.mean()), abs=1e-6)
+
+
+@dataclass(frozen=True)
+class Bare(Hinted):
+    """The same, under the prompt without the hint."""
+
+    def revise(self, attempt):
+        return dataclasses.replace(super().revise(attempt), own_prompt=frozenset({(0, 1)}))
+
+
+def test_a_completion_may_be_taken_without_its_prompt(train):  # noqa: F811
+    train(Bare, max_steps=1, num_iterations=2)
+    (_, samples), rollout, *_ = [s for s in SEEN if not hasattr(s, "truncated")]
+    group = next(s for s in SEEN if hasattr(s, "truncated"))
+    assert not any(HINT in p for p in rollout.prompts) and len(rollout.prompts) == 8
+    assert torch.equal(rollout.prompt_ids[1], rollout.prompt_ids[0]) and HINT not in rollout.rows[1]["prompt"]
+    assert group.rewards[0, 1] == samples.rewards[0] and group.lengths[0, 1] == samples.lengths[0]
+
+
+@dataclass(frozen=True)
+class Wasteful(Probe):
+    """Makes samples and swaps none."""
+
+    def revise(self, attempt):
+        SEEN.append(attempt.sample([row | {"prompt": [*row["prompt"], HINT]} for row in attempt.rows]))
+        return Revision({})
+
+
+def test_numbers_about_completions_are_those_of_the_rollout(train):  # noqa: F811
+    names = ("completions/mean_length", "completions/max_length", "completions/clipped_ratio")
+    plain = train(Probe, max_steps=1, max_completion_length=40).state.log_history[0]
+    found = train(Wasteful, max_steps=1, max_completion_length=40).state.log_history[0]
+    assert [found[name] for name in names] == [plain[name] for name in names]
+    (samples,) = SEEN
+    assert float(samples.lengths.float().mean()) != plain["completions/mean_length"]
+    assert found["num_tokens"] > plain["num_tokens"]  # they were generated all the same
 
 
 @dataclass(frozen=True)
@@ -118,6 +156,25 @@ def test_fresh_prompts_come_from_the_method_that_draws(train):  # noqa: F811
     assert (count, again) == (2, 1) and row == prompts()[10]
     assert group.drawn.tolist() == [3, 10] and group.discarded_drawn.tolist() == [4]
     assert torch.equal(group.discarded_rewards[0], attempt.rewards[1])
+
+
+@dataclass(frozen=True)
+class TwoFresh(FreshDrawn):
+    """Makes two groups and takes the second."""
+
+    def revise(self, attempt):
+        rows = attempt.fresh(2, 7)
+        samples = attempt.sample([row for row in rows for _ in range(4)])
+        SEEN.append((attempt, samples))
+        return Revision({(1, place): samples.ids[4 + place] for place in range(4)}, unused=[samples.ids[:4]])
+
+
+def test_groups_that_were_made_in_vain_are_told(train):  # noqa: F811
+    train(TwoFresh, max_steps=1)
+    *_, (attempt, samples), group = SEEN
+    assert group.drawn.tolist() == [3, 4] and group.discarded_drawn.tolist() == [4, 3]
+    assert torch.equal(group.discarded_rewards[0], attempt.rewards[1])
+    assert torch.equal(group.discarded_rewards[1], samples.rewards[:4])
 
 
 def counting(completions, **kwargs):

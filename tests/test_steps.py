@@ -10,9 +10,12 @@ import torch
 import trl_ext
 from tests.test_services import Probe, train  # noqa: F401 - a fixture
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
+from trl_ext import checkpoints
 from trl_ext.gradients import GradientWatch
-from trl_ext.method import GRADIENT_NOISE, REF_LOGPS
-from trl_ext.rollout_hooks import _tools_used
+from trl_ext.method import GRADIENT_NOISE, REF_LOGPS, Chosen, Setup, Unavailable
+from trl_ext.methods import METHODS
+from trl_ext.plan import PlanError, make_plan
+from trl_ext.rollout_hooks import _number_of, _tools_used
 
 SEEN: list = []
 
@@ -57,6 +60,73 @@ class Twice(Chooser):
 def test_a_draw_must_be_of_different_rows(train):  # noqa: F811
     with pytest.raises(ValueError, match=r"probe: drew .* rows, not 2 different ones"):
         train(Twice)
+
+
+@dataclass(frozen=True)
+class Maker(Chooser):
+    """Rows of its own with numbers of its own, as the main process makes them."""
+
+    def choose_prompts(self, draw):
+        made = draw.on_main(lambda: [draw.row(5) | {"answer": f"{draw.step}/{i}"} for i in range(draw.count)])
+        SEEN.append(draw.folder)
+        return Chosen(made, torch.tensor([100 + draw.step, 200]))
+
+
+def test_rows_that_a_method_makes_keep_its_numbers(train, tmp_path):  # noqa: F811
+    train(Maker, max_steps=2)
+    assert SEEN[0] == str(tmp_path) and SEEN[2] == ["0/0"] * 4 + ["0/1"] * 4
+    assert SEEN[1] == [100, 200] and SEEN[4] == [101, 200]
+
+
+@dataclass(frozen=True)
+class TooFew(Maker):
+    def choose_prompts(self, draw):
+        return Chosen([draw.row(0)], torch.tensor([0]))
+
+
+def test_rows_that_a_method_makes_must_be_as_many_as_asked(train):  # noqa: F811
+    with pytest.raises(ValueError, match="probe: gave 1 rows, not 2"):
+        train(TooFew)
+
+
+@dataclass(frozen=True)
+class Stops(Chooser):
+    """The outside is gone at the third step."""
+
+    def choose_prompts(self, draw):
+        if draw.step == 2:
+            draw.on_main(self.fail)
+        return super().choose_prompts(draw)
+
+    def fail(self):
+        raise Unavailable("nobody answers")
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_what_is_missing_outside_ends_the_run_with_a_checkpoint(train, tmp_path, rollouts):  # noqa: F811
+    """At the start of a step: also where several rollouts make one, whose first one asks."""
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 * rollouts, "steps_per_generation": 2}
+    with pytest.raises(Unavailable, match="nobody answers"):
+        train(Stops, max_steps=4, **sizes)
+    assert checkpoints.last_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@dataclass(frozen=True)
+class StopsInside(Chooser):
+    """The outside is gone at the second rollout of the second step."""
+
+    def choose_prompts(self, draw):
+        self.state["calls"] = self.state.get("calls", 0) + 1
+        if self.state["calls"] == 4:
+            raise Unavailable("nobody answers")
+        return super().choose_prompts(draw)
+
+
+def test_inside_a_step_there_is_nothing_whole_to_save(train, tmp_path):  # noqa: F811
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    with pytest.raises(Unavailable):
+        train(StopsInside, max_steps=4, **sizes)
+    assert checkpoints.last_whole(tmp_path) is None
 
 
 @dataclass(frozen=True)
@@ -207,3 +277,32 @@ def test_tool_calls_are_counted():
 
     completion = [turn("a", "b"), {"role": "tool", "content": "1"}, turn("a"), {"role": "assistant", "content": "x"}]
     assert _tools_used(completion) == (3, 2) and _tools_used("text") == (0, 0)
+
+
+def test_a_first_gradient_may_come_late():
+    """A part of the model that only some micro-batches use counts as 0 before."""
+    first, late = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    watch = GradientWatch(processes=1)
+    first.grad = torch.tensor([2.0])
+    watch.after_backward([first, late], scale=2.0)
+    late.grad = torch.tensor([6.0])
+    watch.after_backward([first, late], scale=2.0)
+    own, square, samples = watch.result()
+    assert own.tolist() == [4 * (1 + 9), 2] and float(square) == 1 + 9 and samples == 2
+
+
+def test_deepspeed_is_refused_for_a_rate_of_the_step_alone(monkeypatch):
+    monkeypatch.setitem(METHODS, "probe", Noise)
+    plan = make_plan("probe")
+    for engine in ("zero", "zero3"):
+        with pytest.raises(PlanError, match="probe: DeepSpeed makes its update inside the backward pass"):
+            plan.check(Setup(None, engine=engine))
+
+
+def test_a_prompt_with_an_image_keeps_its_number():
+    from PIL import Image
+
+    def prompt(color):
+        return [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (4, 4), color)}]}]
+
+    assert _number_of(prompt("red")) == _number_of(prompt("red")) != _number_of(prompt("blue"))

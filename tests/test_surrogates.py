@@ -115,9 +115,10 @@ def test_vllms_correction_is_refused():
 
 
 def test_other_methods_of_the_plan():
-    """By what their classes declare, in the order of the recipe."""
-    setup = Setup(None, methods=["high_entropy", "probe", "trace", "velocity_rank"])
+    """By the hooks that their settings use, in the order of the recipe."""
+    names = ["high_entropy", "probe", "trace", "velocity_rank", "capo"]
+    built = [SimpleNamespace(name=name) if name == "probe" else METHODS[name]() for name in names]
+    setup = Setup(None, methods=names, built=built)
     assert surrogates.others_that(setup, "probe", "token_weights") == ["high_entropy", "trace"]
     assert surrogates.others_that(setup, "probe", "token_weights", before=True) == ["high_entropy"]
-    (message,) = surrogates.others_with(setup, "probe", ["teacher", "baseline"])
-    assert message.startswith("trace replaces the teacher")
+    assert surrogates.others_that(setup, "probe", "group_advantages") == []  # capo has that hook, idle by default

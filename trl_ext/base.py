@@ -101,11 +101,13 @@ class MethodTrainer:
         return self._continues_adapter and "ref" not in self._unwrapped().peft_config
 
     def _engine(self) -> str | None:
-        """ "fsdp", "zero3" or None: where weights are sharded, services that read them are refused."""
+        """ "fsdp", "zero3" (weights are sharded), "zero" (DeepSpeed's other stages) or None; see `Plan.check`."""
         if getattr(self, "is_fsdp_enabled", False):
             return "fsdp"
         plugin = getattr(self.args, "deepspeed_plugin", None)
-        return "zero3" if plugin is not None and plugin.zero_stage == 3 else None
+        if plugin is None:
+            return None
+        return "zero3" if plugin.zero_stage == 3 else "zero"
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)

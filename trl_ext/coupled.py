@@ -84,18 +84,20 @@ class CoupledRows(RolloutHooks):
         now = functools.cache(lambda: self._current_logps(batches) if logps is None else logps)
         old = joined.get("old_per_token_logps")
         # Without old log-probs TRL takes the current ones for them; before the first update the two are the same.
-        sampled_now = all(int(batch[whole_groups.MADE_AT]) == self.state.global_step for batch in batches)
+        sampled_now = logps is None and all(
+            int(batch[whole_groups.MADE_AT]) == self.state.global_step for batch in batches
+        )
         mask = loss_mask_of(joined)
 
         def drift() -> Tensor:
-            if old is None or (logps is None and sampled_now):
+            if old is None or sampled_now:
                 return torch.zeros(mask.shape, device=mask.device)
             return now() - old
 
         return StepRows(
             mask=mask,
             drift=drift,
-            logps=lambda: old if logps is None and sampled_now and old is not None else now(),
+            logps=lambda: old if sampled_now and old is not None else now(),
             ref_logps=joined.get("ref_per_token_logps"),
             streams=joined,
             by_group=by_group,

@@ -89,7 +89,8 @@ class Metrics:
         """Adds `value` (any shape) with `weight` (a scalar, or of the same shape)."""
         value = torch.as_tensor(value, dtype=torch.float32).detach()
         weight = torch.as_tensor(weight, dtype=torch.float32, device=value.device).detach().expand_as(value)
-        total = torch.stack([(value * weight).sum(), weight.sum()])
+        counted = torch.where(weight == 0, 0.0, value * weight)  # what does not count may be NaN
+        total = torch.stack([counted.sum(), weight.sum()])
         key = self.prefix + name
         self.totals[key] = total.to(self.totals[key].device) + self.totals[key] if key in self.totals else total
 
@@ -98,7 +99,8 @@ class Metrics:
 class Setup:
     """What is known when a plan is checked. None means "not known yet": the config alone knows less than the trainer.
 
-    `images`: whether the model takes images. `methods`: all names in order of application, filled in by the plan.
+    `images`: whether the model takes images. `methods`: all names in order of application, `built`: the methods
+    themselves; both are filled in by the plan.
     """
 
     args: Any
@@ -106,6 +108,7 @@ class Setup:
     engine: str | None = None
     images: bool | None = None
     methods: Sequence[str] = ()
+    built: Sequence[Method] = ()
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,13 @@ class Group:
     """All completions of one rollout on all processes, in whole groups.
 
     `rewards` (P, G, F) float32, NaN where a function returned None, as `shape_rewards` left them (in that hook: as the
-    functions gave them); `reward_weights` (F,); `advantages` (P, G); `lengths` (P, G) completion
+    functions gave them); `outcomes` (P, G, F): as the functions gave them, and of the completions without help where
+    `revise` replaced some by such with help; `reward_weights` (F,); `advantages` (P, G); `lengths` (P, G) completion
     tokens; `truncated` (P, G) bool; `tool_calls`, `tool_turns` (P, G): how many tools a completion called, and in how
     many turns; `questions` (P,) int64: the same number for the same prompt, in every epoch and on every machine;
     `reward_names` (F); `step` optimizer steps done so far, of `run.max_steps`.
-    `drawn` (P,) rows of the training set, if a `choose_prompts` chose them; `discarded_drawn` (D,) and
-    `discarded_rewards` (D, G, F): the same of groups that `revise` replaced; `measured`: this method's `measure`, (P, G)
+    `drawn` (P,) rows of the training set, or numbers of `Chosen` ones, if a `choose_prompts` chose them; `discarded_drawn` (D,) and
+    `discarded_rewards` (D, G, F): the same of groups that `revise` replaced or made in vain; `measured`: this method's `measure`, (P, G)
     each; `seed` the run's.
     """
 
@@ -144,6 +148,7 @@ class Group:
     metrics: Metrics
     reward_weights: Tensor
     seed: int
+    outcomes: Tensor = None  # type: ignore[assignment]
     drawn: Tensor | None = None
     discarded_drawn: Tensor | None = None
     discarded_rewards: Tensor | None = None
@@ -151,6 +156,10 @@ class Group:
     tool_turns: Tensor = torch.zeros(0, 0)
     questions: Tensor = torch.zeros(0, dtype=torch.long)
     measured: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.outcomes is None:
+            object.__setattr__(self, "outcomes", self.rewards)
 
     @property
     def total(self) -> Tensor:
@@ -186,12 +195,32 @@ def own_values(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
 
 
+class Unavailable(RuntimeError):
+    """Something outside of the run is missing, such as an endpoint that is down: no fault of the run's own.
+
+    Raised in `choose_prompts` before `state` has changed, it makes the trainer keep a checkpoint of the last step.
+    """
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows that a method made or found itself, and the numbers (count,) by which `Group.drawn` names them."""
+
+    rows: Sequence[dict[str, Any]]
+    numbers: Tensor
+
+
+def _call(make: Callable[[], Any]) -> Any:
+    return make()
+
+
 @dataclass(frozen=True)
 class Draw:
     """What the next rollout asks for: `count` different rows of a training set of `size`, for all processes together.
 
     Every process asks and must get the same answer. `row(i)` is row i of the set. `seed` is the run's, `step` optimizer
-    steps done so far.
+    steps done so far, `folder` the run's. `on_main(make)` runs a function on the main process alone and gives what it
+    returned, or raised, to all of them: for what is asked of the outside or written to a file.
     """
 
     count: int
@@ -200,6 +229,8 @@ class Draw:
     step: int
     metrics: Metrics
     row: Callable[[int], dict[str, Any]]
+    folder: str = "."
+    on_main: Callable[[Callable[[], Any]], Any] = _call
 
     def for_method(self, name: str) -> Draw:
         """The same data; metrics get the method's name as prefix."""
@@ -208,10 +239,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Samples:
-    """Completions that `Attempt.sample` made: `ids` (n,) by which a revision names them, `rewards` (n, F)."""
+    """Completions that `Attempt.sample` made: `ids` (n,) by which a revision names them, `rewards` (n, F), and `lengths`
+    (n,), the tokens that the model generated (no tool output)."""
 
     ids: Sequence[int]
     rewards: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -253,11 +286,15 @@ class Revision:
     """Completions of a rollout to replace: (prompt, place in the group) -> id of a sample.
 
     A group whose G places are all replaced has changed its prompt. `helped`: the samples had help, so TRL's reward
-    metrics keep describing the rollout as it was.
+    metrics keep describing the rollout as it was. `own_prompt`: the places that take a sample's completion alone, which
+    is then scored and trained under the prompt that stood there. `unused`: the ids of whole groups (n, G) that were made
+    of `Attempt.fresh` rows and not taken, for those who count what was drawn (`Group.discarded_drawn`).
     """
 
     swaps: Mapping[tuple[int, int], int]
     helped: bool = False
+    own_prompt: frozenset[tuple[int, int]] = frozenset()
+    unused: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -484,6 +521,11 @@ class Method:
 
     # What a method declares
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """Hooks of this class that do nothing with these settings: they are not called, nor listed in the plan."""
+        return frozenset()
+
     def needs(self) -> frozenset[str]:
         """What the trainer must compute for these settings, of `NEEDS`; it costs time or memory."""
         return frozenset()
@@ -502,10 +544,10 @@ class Method:
 
     # Rollout
 
-    def choose_prompts(self, draw: Draw) -> Tensor | list[dict[str, Any]] | None:
+    def choose_prompts(self, draw: Draw) -> Tensor | list[dict[str, Any]] | Chosen | None:
         """(count,) different rows of the training set for the next rollout, in place of the data loader's. Own "sampler".
 
-        A list holds the rows themselves, of wherever they come from. None leaves the loader's. Epochs are counted as if
+        A list, or `Chosen`, holds the rows themselves, of wherever they come from. None leaves the loader's. Epochs are counted as if
         the loader's rows had been used.
         """
         return None
@@ -628,5 +670,5 @@ class Method:
 
 
 def overrides(method: Method, hook: str) -> bool:
-    """Whether `method` changes `hook` (its class defines it, the base's neutral version aside)."""
-    return getattr(type(method), hook) is not getattr(Method, hook)
+    """Whether `method` changes `hook`: its class defines it, and its settings do not leave it idle."""
+    return getattr(type(method), hook) is not getattr(Method, hook) and hook not in method.idle

@@ -89,7 +89,7 @@ class Plan:
 
     def check(self, setup: Setup) -> None:
         """Raises PlanError with every problem of these methods in `setup`."""
-        setup = dataclasses.replace(setup, methods=[m.name for m in self.methods])
+        setup = dataclasses.replace(setup, methods=[m.name for m in self.methods], built=self.methods)
         problems = [f"{m.name}: {message}" for m in self.methods for message in m.check(setup)]
         heavy = self.needs() - {"entropy_at_rollout", "ref_logps"}
         if setup.engine in ("fsdp", "zero3") and heavy:
@@ -98,6 +98,12 @@ class Plan:
                 f"{users}: {', '.join(sorted(heavy))} is not tested under {setup.engine}, where weights are sharded; "
                 "use plain data parallel (accelerate, DDP) or ZeRO-2"
             )
+        if setup.engine in ("zero", "zero3"):
+            problems += [
+                f"{m.name}: DeepSpeed makes its update inside the backward pass, out of reach of a learning rate for this "
+                "step alone; use plain data parallel (accelerate, DDP)"
+                for m in self.using("observe_gradients", "learning_rate")
+            ]
         if problems:
             raise PlanError(problems)
 

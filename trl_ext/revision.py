@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -30,13 +31,14 @@ class Prompts:
     """What a rollout was asked: this process's rows, and which rows of the training set a method drew (P,).
 
     `discarded` (row of the training set, rewards (G, F)) of each group that was replaced. `before`: all rewards
-    (world * rows, F) as they were, if what replaced some had help.
+    (world * rows, F) as they were, if what replaced some had help; `unhelped` the same of the groups that stayed.
     """
 
     rows: list[dict[str, Any]]
     drawn: Tensor | None
     discarded: list[tuple[int, Tensor]] = dataclasses.field(default_factory=list)
     before: Tensor | None = None
+    unhelped: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +72,10 @@ class Revisions(MethodTrainer):
         work = _Revising(self, self._prompts, prompts, output)
         for method in self.plan.using("revise"):
             revision = method.revise(work.attempt().for_method(method.name))
-            if revision is not None and revision.swaps:
+            if revision is not None:
                 work.swap(revision)
         self._known_rewards = work.rewards.flatten(0, 1)
+        self._prompts.unhelped = work.unhelped
         return work.output
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
@@ -85,18 +88,30 @@ class Revisions(MethodTrainer):
     def _made(self, rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], Tensor]:
         """One completion for each row on this process: TRL's values by row, and rewards (world * n, F)."""
         prompts = [row["prompt"] for row in rows]
-        tools: dict[str, Any] = {"_pending_extra_logs": collections.defaultdict(list)}  # belong to the rows that stay
+        # what reward functions log belongs to the rows that stay
+        tools: dict[str, Any] = {
+            name: collections.defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")
+        }
         if self.tools:
             for name in ("_sync_tool_dicts", "_async_tool_dicts"):
                 tools[name] = getattr(self, name)[:1] * len(rows)
+        # TRL's numbers about completions and tools go on describing the rollout
+        logged = self._metrics["train"]
+        kept = {key: list(values) for key, values in logged.items() if key.startswith(("completions/", "tools/"))}
         with replaced(self, num_generations=1, **tools):
             output = super()._generate(prompts)  # type: ignore[misc]
+            logged.update(kept)
             rewards = self._scored_now(list(rows), prompts, output)
         return _by_row(output), rewards
 
     def _scored_now(self, rows: Sequence[dict[str, Any]], prompts: list[Any], output: Any) -> Tensor:
         """(world * rows, F) from TRL's reward functions; `output` as `_generate` returns it."""
         return super()._calculate_rewards(rows, prompts, output[3], output[1])  # type: ignore[misc]
+
+
+def _generated(values: tuple[Any, ...]) -> int:
+    """Tokens of a completion that the model made: those of its tool mask, if there is one."""
+    return len(values[1]) if values[2] is None else sum(values[2])
 
 
 def _by_row(output: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -114,9 +129,12 @@ class _Revising:
         scored = trainer._scored_now(asked.rows, prompts, output)
         self.rewards: Tensor = scored.view(-1, self.group, scored.size(1)).clone()
         self.original = scored
+        self.unhelped = self.rewards.clone()
         self.rows: list[dict[str, Any]] = gather_object(list(asked.rows))[:: self.group]
         self.samples: list[Sample] = []
-        self.fresh_rows: dict[int, int] = {}  # id of a row that `fresh` gave -> where it was drawn
+        self.fresh_rows: dict[
+            int, tuple[int, Any]
+        ] = {}  # id of a row that `fresh` gave -> where it was drawn; the row
 
     def attempt(self) -> Attempt:
         trainer = self.trainer
@@ -137,13 +155,14 @@ class _Revising:
     def fresh(self, count: int, number: int) -> list[dict[str, Any]]:
         rows, drawn = self.trainer._draw(count, number)
         where = [-1] * count if drawn is None else drawn.tolist()
-        self.fresh_rows |= {id(row): place for row, place in zip(rows, where, strict=True)}
+        self.fresh_rows |= {id(row): (place, row) for row, place in zip(rows, where, strict=True)}
         return rows
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> Samples:
         """Every process makes the same number, the last ones again where they do not share out evenly."""
         if not rows:
-            return Samples([], self.rewards.new_zeros(0, self.rewards.size(-1)))
+            none = self.rewards.new_zeros(0, self.rewards.size(-1))
+            return Samples([], none, torch.zeros(0, dtype=torch.long, device=none.device))
         processes = self.trainer.accelerator.num_processes
         each = -(-len(rows) // processes)
         shared = [dict(rows[min(i, len(rows) - 1)]) for i in range(each * processes)]
@@ -152,30 +171,43 @@ class _Revising:
         values = gather_object(values)
         first = len(self.samples)
         for row, found, scores in zip(rows, values, rewards, strict=False):
-            self.samples.append(Sample(dict(row), self.fresh_rows.get(id(row), -1), found, scores))
-        return Samples(range(first, first + len(rows)), rewards[: len(rows)])
+            self.samples.append(Sample(dict(row), self.fresh_rows.get(id(row), (-1, row))[0], found, scores))
+        lengths = [_generated(found) for found in values[: len(rows)]]
+        return Samples(
+            range(first, first + len(rows)), rewards[: len(rows)], torch.tensor(lengths, device=rewards.device)
+        )
 
     def swap(self, revision: Revision) -> None:
         """Puts samples in their places, in the lists that TRL holds."""
-        if revision.helped and self.asked.before is None:
+        if revision.helped and revision.swaps and self.asked.before is None:
             self.asked.before = self.original
         for group in {group for group, _ in revision.swaps}:
             places = [place for own, place in revision.swaps if own == group]
             if len(places) == self.group:
                 self._discard(group, self.samples[revision.swaps[group, places[0]]])
+        for made in revision.unused:
+            samples = [self.samples[number] for number in made]
+            if self.asked.drawn is not None and samples[0].drawn >= 0:
+                self.asked.discarded.append((samples[0].drawn, torch.stack([sample.rewards for sample in samples])))
         for (group, place), number in revision.swaps.items():
             sample = self.samples[number]
             self.rewards[group, place] = sample.rewards
+            if not revision.helped:
+                self.unhelped[group, place] = sample.rewards
             row = group * self.group + place - self.first
             if 0 <= row < len(self.asked.rows):
-                self.asked.rows[row], self.prompts[row] = sample.row, sample.row["prompt"]
-                for values, value in zip(self.output[:_PER_ROW], sample.values, strict=True):
+                skipped = 0
+                if (group, place) in revision.own_prompt:
+                    skipped = 1  # the ids of the prompt
+                else:
+                    self.asked.rows[row], self.prompts[row] = sample.row, sample.row["prompt"]
+                for values, value in zip(self.output[skipped:_PER_ROW], sample.values[skipped:], strict=True):
                     if values is not None:
                         values[row] = value
 
     def _discard(self, group: int, sample: Sample) -> None:
         drawn = self.asked.drawn
         if drawn is not None:
-            self.asked.discarded.append((int(drawn[group]), self.rewards[group].clone()))
+            self.asked.discarded.append((int(drawn[group]), self.unhelped[group].clone()))
             drawn[group] = sample.drawn
         self.rows[group] = sample.row

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -22,7 +23,7 @@ from trl_ext.base import MethodTrainer
 from trl_ext.batch import images_of, loss_mask_of, replaced, whole
 from trl_ext.forward import watched_hidden, weights_of
 from trl_ext.hidden_prompt import attending, image_tokens, without
-from trl_ext.method import REF_LOGPS, REFERENCE, Draw, Group, Rollout, RunShape
+from trl_ext.method import REF_LOGPS, REFERENCE, Chosen, Draw, Group, Rollout, RunShape, Unavailable
 from trl_ext.revision import Prompts
 
 
@@ -44,6 +45,7 @@ class RolloutHooks(MethodTrainer):
     _scored: Scored | None = None
     _prompts: Prompts | None = None
     _watching: bool = False
+    _step: int
     _sampled: dict[str, Tensor] = {}
 
     # Set by TRL's trainer
@@ -102,7 +104,11 @@ class RolloutHooks(MethodTrainer):
         if not self.plan.using("choose_prompts"):
             return inputs, None
         group, rank = self.args.num_generations, self.accelerator.process_index
-        rows, drawn = self._draw(len(inputs) * self.accelerator.num_processes // group, None)
+        try:
+            rows, drawn = self._draw(len(inputs) * self.accelerator.num_processes // group, None)
+        except Unavailable:
+            self._keep_progress()
+            raise
         if rows is None:
             return inputs, None
         places = range(rank * len(inputs), (rank + 1) * len(inputs))
@@ -113,20 +119,55 @@ class RolloutHooks(MethodTrainer):
         rows drawn uniformly from the run's seed and that number."""
         size = len(self.train_dataset)
         for method in self.plan.using("choose_prompts"):
-            draw = Draw(count, size, self.args.seed, self.state.global_step, self._metrics_store(), self._row)
+            draw = Draw(
+                count,
+                size,
+                self.args.seed,
+                self.state.global_step,
+                self._metrics_store(),
+                self._row,
+                folder=self.args.output_dir,
+                on_main=self._on_main,
+            )
             drawn = method.choose_prompts(draw.for_method(method.name))
             if isinstance(drawn, Tensor):
                 if drawn.shape != (count,) or drawn.unique().numel() != count:
                     raise ValueError(f"{method.name}: drew {tuple(drawn.shape)} rows, not {count} different ones")
                 return [self._row(i) for i in drawn.tolist()], drawn.clone()
             if drawn is not None:
-                if len(drawn) != count:
-                    raise ValueError(f"{method.name}: gave {len(drawn)} rows, not {count}")
-                return drawn, None
+                rows = drawn.rows if isinstance(drawn, Chosen) else drawn
+                if len(rows) != count:
+                    raise ValueError(f"{method.name}: gave {len(rows)} rows, not {count}")
+                return list(rows), drawn.numbers.clone() if isinstance(drawn, Chosen) else None
         if number is None:
             return None, None
         chosen = random.Random(f"{self.args.seed}/{number}").sample(range(size), count)
         return [self._row(i) for i in chosen], None
+
+    def _on_main(self, make: Callable[[], Any]) -> Any:
+        """What `make()` gives on the main process, on all of them; what it raises, too, as the others would wait."""
+        value: Any = None
+        raised: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                value = make()
+            except Exception as error:  # any: the other processes must hear of it before it is raised
+                raised = error
+        told = None if raised is None else (isinstance(raised, Unavailable), f"on the main process: {raised}")
+        value, problem = broadcast_object_list([value, told])
+        if raised is not None:
+            raise raised
+        if problem is not None:
+            outside, text = problem
+            raise Unavailable(text) if outside else RuntimeError(text)
+        return value
+
+    def _keep_progress(self) -> None:
+        """A checkpoint before the run ends for want of something outside. Nothing of this step was computed yet, unless
+        several rollouts make one step; then there is only what `save_steps` saved."""
+        whole_step = self._step % self.args.gradient_accumulation_steps == 0
+        if whole_step and self.state.global_step > 0:
+            self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
 
     def _row(self, index: int) -> dict[str, Any]:
         return dict(self.train_dataset[index])
@@ -199,12 +240,13 @@ class RolloutHooks(MethodTrainer):
         size = self.args.num_generations
         return Group(
             rewards=scored.shaped.view(-1, size, len(self.reward_func_names)),
+            outcomes=scored.rewards.view(-1, size, len(self.reward_func_names)),
             advantages=advantages.view(-1, size),
             lengths=lengths,
             truncated=cut.bool(),
             tool_calls=calls,
             tool_turns=turns,
-            questions=questions[:, 0],
+            questions=questions.mode(1).values,  # a completion of a second attempt may have another prompt
             reward_names=self.reward_func_names,
             step=self.state.global_step,
             run=self._run_shape(),
@@ -227,6 +269,8 @@ class RolloutHooks(MethodTrainer):
     def _use_groups(self, batch: dict[str, Any], scored: Scored, measured: dict[str, Tensor], asked: Prompts) -> None:
         group = self._group(scored, self.accelerator.gather(batch["advantages"]))
         group = dataclasses.replace(group, measured=measured, drawn=asked.drawn)
+        if asked.unhelped is not None:
+            group = dataclasses.replace(group, outcomes=asked.unhelped)
         if asked.discarded:
             places, rewards = zip(*asked.discarded, strict=True)
             group = dataclasses.replace(
@@ -379,6 +423,11 @@ def _tools_used(completion: Any) -> tuple[int, int]:
 
 
 def _number_of(prompt: Any) -> int:
-    """62 bits of a hash of a prompt's text."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    """62 bits of a hash of a prompt: its text, and its images' pixels."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=_content)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
+
+
+def _content(value: Any) -> str:
+    """What stands for something that is no text: the hash of its bytes if it has any, else its class."""
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else type(value).__name__

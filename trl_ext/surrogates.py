@@ -8,12 +8,11 @@ they have one set of weights and count as one.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
-from trl_ext.method import LossInput, Method, RunShape, Setup
+from trl_ext.method import LossInput, RunShape, Setup, overrides
 
 UNUSED: dict[str, Any] = {
     "epsilon": 0.2,
@@ -65,30 +64,11 @@ def one_step_note(args: Any, what: str) -> str | None:
     return f"one optimizer step per rollout, so {what} is 0 and has no gradient; set num_iterations: 2 or more"
 
 
-def others_with(setup: Setup, name: str, slots: Collection[str]) -> list[str]:
-    """Messages for other methods of the plan that own one of `slots`, which `name` takes with these settings only."""
-    from trl_ext.methods import METHODS
-
-    return [
-        f"{other} replaces the {slot} too with these settings: name only one of them"
-        for other in setup.methods
-        if other != name and other in METHODS
-        for slot in slots
-        if slot in METHODS[other].owns
-    ]
-
-
 def others_that(setup: Setup, name: str, *hooks: str, before: bool = False) -> list[str]:
     """Other methods of the plan that change any of `hooks`; with `before` only those applied before `name`."""
-    from trl_ext.methods import METHODS
-
     names = list(setup.methods)
-    names = names[: names.index(name)] if before else [other for other in names if other != name]
-    return [
-        other
-        for other in names
-        if other in METHODS and any(getattr(METHODS[other], hook) is not getattr(Method, hook) for hook in hooks)
-    ]
+    last = names.index(name) if before else len(names)
+    return [m.name for m in setup.built[:last] if m.name != name and any(overrides(m, hook) for hook in hooks)]
 
 
 def log_ratio(x: LossInput) -> Tensor:

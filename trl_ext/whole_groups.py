@@ -23,7 +23,7 @@ MICRO_BATCH, STEP, ROLLOUT = "micro-batch", "step", "rollout"
 def marks(rows: int, rank: int, group: int, step: int, device: torch.device) -> dict[str, Tensor]:
     """The keys above for this process's `rows` of a rollout, whose groups of `group` lie in rank order."""
     place = torch.arange(rank * rows, (rank + 1) * rows, device=device)
-    return {ID: place // group, PLACE: place % group, MADE_AT: torch.tensor(step, device=device)}
+    return {ID: place // group, PLACE: place % group, MADE_AT: torch.tensor(step)}  # on the CPU, where it is read
 
 
 def scope_of(group: int, micro_batch: int, micro_batches: int, accumulation: int, can_move: bool) -> str:

@@ -509,7 +509,7 @@ class Baseline(Method):
 @pytest.mark.parametrize("order", [("capo", "baseline"), ("baseline", "capo")], ids="+".join)
 def test_rein_capo_is_alone_with_the_groups_advantages(monkeypatch, order):
     monkeypatch.setitem(METHODS, "baseline", Baseline)
-    setup = Setup(None, methods=order)
+    setup = Setup(None, methods=order, built=[METHODS[name]() for name in order])
     (problem,) = Capo(preset="rein_capo").check(setup)
     assert "baseline" in problem and "set preset: capo" in problem
     assert Capo().check(setup) == []

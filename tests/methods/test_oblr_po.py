@@ -423,3 +423,9 @@ def test_recipe():
     (oblr_po,), args = recipe.plan.methods, recipe.training_args
     assert oblr_po == dataclasses.replace(OblrPo())
     assert (args.loss_type, args.scale_rewards, args.gradient_accumulation_steps) == ("dr_grpo", "none", 32)
+
+
+def test_leave_one_out_keeps_a_small_weight_beside_a_large_one():
+    """In float32, where a difference of sums gave 1525.9 and 0 for these."""
+    found = optimal_baseline(torch.tensor([[0.5, 1.0]]), torch.tensor([[256.0, 8e-6]]), leave_one_out=True)
+    torch.testing.assert_close(found, torch.tensor([[8e-6 / (8e-6 + 1e-8), 0.5]]), atol=1e-5, rtol=1e-5)

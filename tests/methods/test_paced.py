@@ -275,7 +275,7 @@ def test_too_few_prompts_with_a_weight_are_filled_up():
 @dataclasses.dataclass
 class FakeGroup:
     drawn: torch.Tensor
-    measured: dict
+    outcomes: torch.Tensor
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
     discarded_drawn: torch.Tensor | None = None
     discarded_rewards: torch.Tensor | None = None
@@ -290,11 +290,11 @@ def test_live_table():
     nan = math.nan
     seen = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 0], [nan] * 4])
     discarded = torch.tensor([[[1.0], [1], [1], [0.5]]])
-    method.observe(FakeGroup(torch.tensor([4, 1, 2]), {"rates": seen}, Metrics(), torch.tensor([5]), discarded))
+    method.observe(FakeGroup(torch.tensor([4, 1, 2]), seen[..., None], Metrics(), torch.tensor([5]), discarded))
     assert method.state["rates"].tolist() == [0.5, 0.25, 0.5, 0.5, 0.625, 0.75]
     assert method.state["visits"].tolist() == [0, 1, 0, 0, 1, 1] and method.state["draws"] == 1
     for _ in range(2):
-        method.observe(FakeGroup(torch.tensor([1]), {"rates": torch.zeros(1, 4)}))
+        method.observe(FakeGroup(torch.tensor([1]), torch.zeros(1, 4, 1)))
     assert method.state["rates"][1] == 0.0625
     assert method.summary(str) == [
         "prompts drawn for 1 rollouts out of 6; 3 different ones came, 1 with a pass rate below 0.1, 0 above 0.9"
@@ -347,7 +347,7 @@ def test_resume_inside_a_window_equals_not_stopping(tmp_path):
         ({"paced": {"use": "advantages"}, "oblr_po": {}}, "name oblr_po before paced"),
         ({"paced": {"use": "advantages"}, "capo": {}}, "name capo before paced"),
         ({"real": {}, "paced": {"use": "advantages"}}, "set use: sampler"),
-        ({"riskpo": {}, "paced": {"use": "advantages"}}, "do not go together"),
+        ({"riskpo": {}, "paced": {"use": "advantages"}}, "riskpo bundles questions of different pass rates"),
         ({"fg_expo": {}, "paced": {"use": "sampler"}}, "both replace the sampler"),
         ({"fg_expo": {}, "trace": TRACE, "paced": {}}, "would count twice"),
         ({"paced": {"use": "sampler", "memory": 1}}, "must be < 1"),

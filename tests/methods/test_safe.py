@@ -17,7 +17,7 @@ from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext import controllers, critic, ops
 from trl_ext.method import HIDDEN, REF_LOGPS, Group, Metrics, RunShape
-from trl_ext.methods.grpo.safe import Safe
+from trl_ext.methods.grpo.safe import PARTS, Safe
 from trl_ext.plan import PlanError, make_plan
 from trl_ext.recipe import load_recipe
 
@@ -300,6 +300,14 @@ def test_reference_is_the_start(tmp_path, lora, beta):
 CRITIC = {"critic": True, "critic_lr": 0.05, "critic_gradient": "policy"}
 
 
+def fitting(settings):
+    """Those that the chosen controller and critic read, and what the critic asks of TRL."""
+    on = {settings.get("controller", "entropy_aware")} | ({"critic"} if settings.get("critic") else set())
+    off = {name for part, names in PARTS.items() if part not in on for name in names}
+    kwargs = {"scale_rewards": "none"} if "critic" in on else {}
+    return {name: value for name, value in settings.items() if name not in off}, kwargs
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize("settings", [{}, {"kl_from": "rollout"}, CRITIC])
 def test_accumulation_does_not_matter(tmp_path, settings, loss_type):
@@ -307,7 +315,8 @@ def test_accumulation_does_not_matter(tmp_path, settings, loss_type):
     for size in (8, 2):
         trainer = train(
             tmp_path,
-            {"safe": STRONG | settings},
+            {"safe": fitting(STRONG | settings)[0]},
+            **fitting(settings)[1],
             max_steps=4,
             num_iterations=2,
             loss_type=loss_type,
@@ -328,7 +337,8 @@ def test_accumulation_does_not_matter(tmp_path, settings, loss_type):
 def test_resume_equals_not_stopping(tmp_path, settings, at):
     """After 2 of 6 steps, between generation windows of 2, and after 3, inside one."""
     kwargs = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
-    methods = {"safe": STRONG | {"tau_high": 0.6, "momentum_window": 2} | settings}
+    own, needed = fitting(STRONG | {"tau_high": 0.6, "momentum_window": 2} | settings)
+    methods, kwargs = {"safe": own}, kwargs | needed
     whole = train(tmp_path, methods, **kwargs)
     resumed = train(tmp_path, methods, resume=str(tmp_path / f"checkpoint-{at}"), **kwargs)
     assert_equal(weights(whole), weights(resumed))
@@ -357,7 +367,7 @@ def slow_advantages(rewards, stats, values):
 def test_critic_gives_the_advantages(tmp_path, monkeypatch, iterations):
     """V_old from the new heads on the states before each last token; with two passes TRL's own forward has them."""
     seen = spied(monkeypatch)
-    trainer = train(tmp_path, {"safe": {"critic": True}}, max_steps=1, num_iterations=iterations)
+    trainer = train(tmp_path, {"safe": {"critic": True}}, max_steps=1, num_iterations=iterations, scale_rewards="none")
     (x,) = seen
     last = x.mask.sum(1) - 1
     states = torch.stack([row[i] for row, i in zip(x.policy.hidden.detach(), last.tolist(), strict=True)])
@@ -389,6 +399,7 @@ def test_critic_is_detached_from_the_policy(tmp_path):
                     {"safe": {"critic": True, "critic_gradient": gradient, "value_weight": weight}},
                     max_steps=1,
                     optim="sgd",
+                    scale_rewards="none",
                 )
             )
             for weight in (0.5, 500.0)
@@ -401,7 +412,7 @@ def test_critic_is_trained_on_what_the_loss_sees(tmp_path, monkeypatch):
     """Its weights after three steps of two micro-batches, from the states and targets of each; the last is still open."""
     seen = spied(monkeypatch)
     settings = {"critic": True, "critic_lr": 0.02, "critic_seed": 7}
-    kwargs = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    kwargs = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "scale_rewards": "none"}
     trainer = train(tmp_path, {"safe": settings}, **kwargs)
     slow = critic.new_critic(16, 7, 0)
     for i, x in enumerate(seen):
@@ -426,7 +437,7 @@ def test_rows_without_a_reward_do_not_count(tmp_path, monkeypatch):
     def reward(completions, **kwargs):
         return [None if i % 4 == 1 else v for i, v in enumerate(letters_reward(completions))]
 
-    trainer = train(tmp_path, {"safe": {"critic": True}}, max_steps=1, rewards=reward)
+    trainer = train(tmp_path, {"safe": {"critic": True}}, max_steps=1, rewards=reward, scale_rewards="none")
     (x,) = seen
     unknown = x.streams["safe/target"].isnan()
     assert int(unknown.sum()) == 2 and bool((x.advantages[unknown] == 0).all())
@@ -465,11 +476,35 @@ def test_clashes_name_the_flag(tmp_path, settings, kwargs, words):
 
 
 def test_critic_comes_before_methods_that_change_advantages(tmp_path):
-    own: dict = {"capo": {}}
-    with pytest.raises(PlanError, match="name safe before capo"):
-        make(tmp_path, own | {"safe": {"critic": True}})
-    make(tmp_path, {"safe": {"critic": True}} | own)
-    make(tmp_path, own | {"safe": {}})
+    own: dict = {"paced": {"use": "advantages"}}
+    with pytest.raises(PlanError, match="name safe before paced"):
+        make(tmp_path, own | {"safe": {"critic": True}}, scale_rewards="none")
+    make(tmp_path, {"safe": {"critic": True}} | own, scale_rewards="none")
+    make(tmp_path, own | {"safe": {}}, scale_rewards="none")
+    make(tmp_path, {"capo": {}, "safe": {"critic": True}}, scale_rewards="none")  # capo's advantages are TRL's
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ({"safe": {"critic": True}, "real": {}}, "real has no use for the critic's advantages"),
+        ({"safe": {"critic": True}, "group_dpo": {}}, "group_dpo has no use for the critic's advantages"),
+        ({"safe": {"critic": True}}, "scale_rewards group has no effect"),
+        ({"safe": {"critic_lr": 0.1}}, "critic_lr belongs to critic"),
+        ({"safe": {"momentum_strength": 1.0}}, "momentum_strength belongs to asymmetric"),
+        ({"safe": {"controller": "asymmetric", "kp": 1.0}}, "kp belongs to entropy_aware"),
+    ],
+)
+def test_settings_that_nothing_would_read(tmp_path, methods, words):
+    with pytest.raises(PlanError, match=words):
+        make(tmp_path, methods)
+
+
+def test_a_rollout_that_nobody_scored_moves_nothing():
+    method = Safe()
+    for at, reward in enumerate((0.8, 0.8, math.nan, 0.8)):
+        method.observe(group(at, reward))
+    assert method.state["rewards"] == pytest.approx([0.8, 0.8])  # the last one is still pending, the third is left out
 
 
 def test_two_kl_controllers_are_refused():

@@ -27,7 +27,7 @@ are. With LoRA the head is usually frozen and the model is a proxy: set the thre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from trl_ext import ops
 from trl_ext.forward import LOGITS_BUDGET, Head, positions_at_once
 from trl_ext.method import HIDDEN, Group, LossInput, Method, Setup, param
+from trl_ext.surrogates import others_that
 
 PRESETS = {"capo": (1e-4, 1e-2), "dr_capo": (1e-3, 5e-4), "rein_capo": (1e-5, 1e-1)}
 """Variant -> (tau_F, tau_H). Card: README and recipe names of the official code."""
@@ -266,7 +267,7 @@ class Capo(Method):
         return f"top {self.top_k} logits of each token and their gradients, in blocks{moments}; no extra forward"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = self._other_advantages(setup.methods)
+        problems = self._other_advantages(setup)
         if not self._on and self.preset != "rein_capo":
             return problems
         loss_type = getattr(setup.args, "loss_type", "grpo")
@@ -280,17 +281,17 @@ class Capo(Method):
             problems.append(f"optim_model adam does not describe optim: {optim}; set optim_model: sgd, or an AdamW")
         return problems + self._variant_problems(setup.args, loss_type)
 
-    def _other_advantages(self, names: Sequence[str]) -> list[str]:
-        """rein_capo's advantage is the reward itself: it and another method's would undo each other."""
-        from trl_ext.methods import METHODS
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset() if self.preset == "rein_capo" else frozenset({"group_advantages"})
 
+    def _other_advantages(self, setup: Setup) -> list[str]:
+        """rein_capo's advantage is the reward itself: it and another method's would undo each other."""
         if self.preset != "rein_capo":
             return []
-        others = [name for name in names if name in METHODS and name != self.name]
         return [
             f"preset rein_capo and {name} both replace the group's advantages; set preset: capo, or name only one of them"
-            for name in others
-            if METHODS[name].group_advantages is not Method.group_advantages
+            for name in others_that(setup, self.name, "group_advantages")
         ]
 
     def _variant_problems(self, args: Any, loss_type: str) -> list[str]:
@@ -311,7 +312,7 @@ class Capo(Method):
 
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
         """REINFORCE without a baseline for `rein_capo`: A is the sum of the rewards."""
-        return group.rewards.nansum(-1) if self.preset == "rein_capo" else advantages
+        return group.rewards.nansum(-1)
 
     # Loss
 

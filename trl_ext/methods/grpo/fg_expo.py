@@ -31,6 +31,9 @@ from trl_ext.method import Draw, Group, LossInput, Method, Setup, param
 from trl_ext.rollouts.draws import Floats
 from trl_ext.rollouts.pass_rates import BINS, PassRates, table_in
 
+PARTS = {"akl": ("rho",), "gcs": ("center", "sigma", "factor", "initial")}
+"""Switch -> the settings that belong to it."""
+
 
 def kl_scale(accuracy: float, form: str = "tanh") -> float:
     """rho(acc). tanh: (tanh(acc) + 1) / 2; constant: 1, which is GRPO with beta."""
@@ -47,7 +50,7 @@ def outcomes(group: Group, accuracy: str | None, threshold: float | None) -> Ten
 
     Raises ValueError if there is no threshold and a reward lies outside [0, 1].
     """
-    reward = group.reward(accuracy)
+    reward = group.reward_of(group.outcomes, accuracy)
     if threshold is not None:
         return (reward >= threshold).float()
     if bool(((reward < 0) | (reward > 1)).any()):
@@ -114,13 +117,19 @@ class FgExpo(Method):
 
     # What it declares
 
+    @property
+    def idle(self) -> frozenset[str]:
+        akl, gcs = {"kl_coef", "observe_loss"}, {"choose_prompts"}
+        off = (set() if self.akl else akl) | (set() if self.gcs else gcs)
+        return frozenset(off if self.akl or self.gcs else off | {"observe"})
+
     def cost(self) -> str:
         table = "; a table of pass rates, less than 100 bytes for each row of the training set" if self.gcs else ""
         return f"no extra forward beside TRL's for beta{table}" if self.akl else f"no extra forward{table}"
 
     def check(self, setup: Setup) -> list[str]:
-        problems, args = [], setup.args
-        if self.akl and getattr(args, "beta", 0.0) == 0:
+        problems, args = self._unread(), setup.args
+        if self.akl and getattr(args, "beta", 1.0) == 0:
             problems.append("akl scales the reference KL, and beta: 0 has none; set beta (paper: 0.02), or akl: false")
         if self.gcs and not getattr(args, "shuffle_dataset", True):
             problems.append(
@@ -131,6 +140,14 @@ class FgExpo(Method):
                 f"with sigma {self.sigma} some pass rates are never drawn again; set sigma to 0.05 or more"
             )
         return problems + (self._reward_problems(setup) if self.akl or self.gcs else [])
+
+    def _unread(self) -> list[str]:
+        return [
+            f"{name} has no effect without {part}; leave it out, or set {part}: true"
+            for part, names in PARTS.items()
+            for name in names
+            if not getattr(self, part) and getattr(self, name) != getattr(FgExpo, name)
+        ]
 
     def _reward_problems(self, setup: Setup) -> list[str]:
         names = setup.reward_names
@@ -155,8 +172,6 @@ class FgExpo(Method):
         return table_in(self.state, self._kept, make)
 
     def choose_prompts(self, draw: Draw) -> Tensor | None:
-        if not self.gcs:
-            return None
         table, number = self._table(draw.size), self.state.get("draws", 0)
         self.state["draws"] = number + 1
         draw.metrics.mean("effective_prompts", table.effective)
@@ -164,8 +179,6 @@ class FgExpo(Method):
 
     def observe(self, group: Group) -> None:
         """The accuracy of this rollout sets beta_eff for its updates, and moves the pass rates of its prompts."""
-        if not (self.akl or self.gcs):
-            return
         right = outcomes(group, self.accuracy, self.threshold)
         rates = right.mean(1)
         self.state["acc"] = float(rates.mean())
@@ -174,7 +187,7 @@ class FgExpo(Method):
         if group.drawn is not None and self.gcs:
             self._visit(group, group.drawn, rates)
         if group.discarded_drawn is not None and group.discarded_rewards is not None and self.gcs:
-            again = dataclasses.replace(group, rewards=group.discarded_rewards)
+            again = dataclasses.replace(group, outcomes=group.discarded_rewards)
             self._visit(group, group.discarded_drawn, outcomes(again, self.accuracy, self.threshold).mean(1))
 
     def _visit(self, group: Group, drawn: Tensor, rates: Tensor) -> None:
@@ -189,14 +202,11 @@ class FgExpo(Method):
     # Step
 
     def kl_coef(self, beta: float, step: int) -> float:
-        if not self.akl:
-            return beta
         self._kept["beta_eff"] = beta * kl_scale(self.state["acc"], self.rho)
         return self._kept["beta_eff"]
 
     def observe_loss(self, x: LossInput) -> None:
-        if self.akl:
-            x.metrics.mean("beta_eff", self._kept["beta_eff"])
+        x.metrics.mean("beta_eff", self._kept["beta_eff"])
 
     def summary(self, decode_one: Callable[[int], str]) -> list[str]:
         """How the pass rates lie at the end, and how often prompts came."""

@@ -103,6 +103,10 @@ class GroupDpo(Method):
 
     # What it declares
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset() if self.min_max else frozenset({"shape_rewards"})
+
     def needs(self) -> frozenset[str]:
         return frozenset({REF_LOGPS})
 
@@ -120,20 +124,30 @@ class GroupDpo(Method):
     # Rollout
 
     def shape_rewards(self, rewards: Tensor, group: Group) -> Tensor:
-        return unit_range(rewards) if self.min_max else rewards
+        return unit_range(rewards)
+
+    def observe(self, group: Group) -> None:
+        """state: "unequal" (P,), groups of the rollout whose rewards differ. Rounding leaves no exact 0 in advantages."""
+        total = group.total
+        self.state["unequal"] = total.amax(1) > total.amin(1)
 
     def streams(self, rollout: Rollout) -> dict[str, Tensor]:
         """Per row: its advantage, what turns the mean over rows into that over groups, and loss and weight if frozen."""
         everyone, mine = rollout.gather(rollout.advantages)
         advantages = everyone.view(-1, rollout.run.num_generations)
         scale = torch.tensor(float(advantages.size(1)), device=advantages.device)
+        unequal = self.state["unequal"].to(advantages.device)
         if self.equal_rewards == "drop":
-            scale = scale * advantages.size(0) / (advantages != 0).any(1).sum().clamp(min=1)
-        found = {"advantage": rollout.advantages, "scale": scale.expand(rollout.advantages.size(0))}
+            scale = scale * advantages.size(0) / unequal.sum().clamp(min=1)
+        rows = unequal.unsqueeze(1).expand_as(advantages).flatten()[mine]
+        found = {"advantage": torch.where(rows, rollout.advantages, 0.0), "unequal": rows.float()}
+        found["scale"] = scale.expand(rollout.advantages.size(0))
         if self.weight_at == "step" or rollout.old_logps is None:
             return found
         ratios, _ = rollout.gather(self._per_row(rollout.old_logps - rollout.ref_logps(), rollout.mask))
-        values, slopes = self._weighed(ratios.view_as(advantages), advantages, rollout.metrics)
+        values, slopes = self._weighed(
+            ratios.view_as(advantages), advantages * unequal[:, None], unequal, rollout.metrics
+        )
         return found | {
             "value": found["scale"] * values.flatten()[mine],
             "slope": found["scale"] * slopes.flatten()[mine],
@@ -146,7 +160,8 @@ class GroupDpo(Method):
             return {}
         assert rows.ref_logps is not None  # REF_LOGPS is declared
         ratios = rows.by_group(self._per_row(rows.logps() - rows.ref_logps, rows.mask))
-        values, slopes = self._weighed(ratios, rows.by_group(rows.streams["advantage"]), rows.metrics)
+        advantages, unequal = (rows.by_group(rows.streams[key]) for key in ("advantage", "unequal"))
+        values, slopes = self._weighed(ratios, advantages, unequal[:, 0] > 0, rows.metrics)
         scale = rows.streams["scale"]
         return {"value": scale * rows.own(values), "slope": scale * rows.own(slopes)}
 
@@ -160,9 +175,9 @@ class GroupDpo(Method):
         """(B, T) -> (B,): sum over loss tokens, or mean."""
         return token_mean(values, mask) if self.length_norm else (values * mask).sum(1)
 
-    def _weighed(self, ratios: Tensor, advantages: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """(P, G) d and A -> each row's share of its group's loss, and dL/dd, both (P, G); logs them."""
-        size, unequal = advantages.size(1), (advantages != 0).any(1)
+    def _weighed(self, ratios: Tensor, advantages: Tensor, unequal: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor]:
+        """(P, G) d and A, (P,) -> each row's share of its group's loss, and dL/dd, both (P, G); logs them."""
+        size = advantages.size(1)
         beta = self.beta / size if self.over_group == "mean" else self.beta
         losses, slopes, u = group_losses(ratios, advantages, beta)
         metrics.mean("u_mean", u)

@@ -38,7 +38,6 @@ from trl_ext.surrogates import (
     log_ratio,
     one_step_note,
     others_that,
-    others_with,
     rollout_count,
     rollout_index,
     unused_flags,
@@ -136,7 +135,16 @@ class Mdpo(Method):
         choices=("mean", "partition", "unnormalised"),
     )
 
+    def __post_init__(self) -> None:
+        slots = ("teacher",) * self._exact + ("baseline",) * (self.form == "sequence")
+        object.__setattr__(self, "owns", ("surrogate", *slots))
+
     # What it declares
+
+    @property
+    def idle(self) -> frozenset[str]:
+        unused = {"sync_teacher": not self._exact, "group_advantages": self.form == "token"}
+        return frozenset(hook for hook, idle in unused.items() if idle)
 
     @property
     def _exact(self) -> bool:
@@ -160,7 +168,6 @@ class Mdpo(Method):
         if self.schedule == "linear" and self.t_min > self.t:
             problems.append(f"t_min {self.t_min} is above t {self.t}: every rollout would have t_min; lower it")
         if self._exact:
-            problems += others_with(setup, self.name, ["teacher"])
             steps = inner_steps(setup.args)
             if steps is not None and steps > 1 and steps != int(steps):
                 problems.append(
@@ -175,7 +182,13 @@ class Mdpo(Method):
     def _other_forms_settings(self) -> list[str]:
         """A setting that the other form alone reads and that is not at its default would be ignored."""
         unread = SEQUENCE_ONLY if self.form == "token" else TOKEN_ONLY
-        return [
+        of_the_kl = {
+            "t_min: belongs to schedule linear; leave it out": self.schedule == "constant"
+            and self.t_min != Mdpo.t_min,
+            "kl, schedule: with t inf there is no KL; leave them out": math.isinf(self.t)
+            and (self.kl, self.schedule) != (Mdpo.kl, Mdpo.schedule),
+        }
+        return [message for message, wrong in of_the_kl.items() if wrong] + [
             f"{f.name}: only the {'sequence' if self.form == 'token' else 'token'} form reads it, this is form "
             f"{self.form}; leave it out"
             for f in fields(self)
@@ -183,7 +196,7 @@ class Mdpo(Method):
         ]
 
     def _check_sequence(self, setup: Setup) -> list[str]:
-        args, problems = setup.args, others_with(setup, self.name, ["baseline"])
+        args, problems = setup.args, []
         if getattr(args, "loss_type", "grpo") != "grpo":
             problems.append("the sequence form is a mean over completions; set loss_type: grpo")
         if str(getattr(args, "scale_rewards", "none")) not in ("none", "False"):
@@ -205,15 +218,13 @@ class Mdpo(Method):
     # Rollout
 
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
-        """The sequence form's A from the raw rewards; the token form leaves the advantages alone."""
-        if self.form == "token":
-            return advantages
+        """The sequence form's A from the raw rewards."""
         total = group.total.masked_fill(group.rewards.isnan().all(-1), math.nan)
         return pmd_advantages(total, self.tau, self.pmd).to(advantages.dtype)
 
     def sync_teacher(self, step: int, run: RunShape) -> bool:
         """pi_k: the weights at the beginning of every rollout."""
-        return self._exact and first_of_rollout(step, run)
+        return first_of_rollout(step, run)
 
     # Loss
 

@@ -57,10 +57,11 @@ def optimal_baseline(rewards: Tensor, weights: Tensor, leave_one_out: bool = Fal
 
     0 where no weight is left.
     """
-    top, bottom = (weights * rewards).sum(1, keepdim=True), weights.sum(1, keepdim=True)
-    if leave_one_out:
-        top, bottom = top - weights * rewards, (bottom - weights).clamp(min=0)
-    return top / (bottom + EPS)
+    if leave_one_out:  # summed over the others: a difference of sums would lose a small weight beside a large one
+        weights = weights.to(rewards.dtype)
+        others = 1 - torch.eye(weights.size(1), dtype=rewards.dtype, device=weights.device)
+        return (weights * rewards) @ others / (weights @ others + EPS)
+    return (weights * rewards).sum(1, keepdim=True) / (weights.sum(1, keepdim=True) + EPS)
 
 
 def signal_and_noise(mean_square: float, square_of_mean: float, samples: int) -> tuple[float, float]:
@@ -112,6 +113,11 @@ class OblrPo(Method):
         object.__setattr__(self, "conflicts", OblrPo.conflicts if self.baseline else {})
 
     # What it declares
+
+    @property
+    def idle(self) -> frozenset[str]:
+        baseline = () if self.baseline else ("sampled", "measure", "group_advantages")
+        return frozenset((*baseline, *(() if self.adapt_lr else ("observe_gradients", "learning_rate"))))
 
     def needs(self) -> frozenset[str]:
         return frozenset({GRADIENT_NOISE}) if self.adapt_lr else frozenset()

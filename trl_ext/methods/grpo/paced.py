@@ -33,7 +33,7 @@ from trl_ext.rollouts.pass_rates import PassRates, table_in
 
 DISTILLS = ("trace",)
 """The methods that have a distillation term and multiply it by `x.distill_weights`."""
-MAKES_ADVANTAGES = ("capo", "oblr_po")
+MAKES_ADVANTAGES = ("capo", "oblr_po", "fgrpo")
 """Those that may compute the advantages anew, from rewards alone."""
 BINS = 5
 """Equal bins of p in the metrics."""
@@ -157,6 +157,16 @@ class Paced(Method):
     # What it declares
 
     @property
+    def idle(self) -> frozenset[str]:
+        hooks = {
+            "distill": ("streams", "distill_weights"),
+            "advantages": ("measure", "group_advantages"),
+            "sampler": ("choose_prompts", "measure", "observe"),
+        }
+        every = frozenset(hook for used in hooks.values() for hook in used)
+        return every if self.use != "sampler" and not self._on else every - {*hooks[self.use]}
+
+    @property
     def _on(self) -> bool:
         """Whether the weights can differ from 1."""
         return self.a > 0 or self.b > 0
@@ -207,6 +217,10 @@ class Paced(Method):
             ]
         if self.use != "advantages":
             return []
+        if "riskpo" in others:
+            return [
+                "riskpo bundles questions of different pass rates, and use: advantages weighs each by its own; name one"
+            ]
         later = [m for m in others[others.index(self.name) + 1 :] if m in MAKES_ADVANTAGES]
         problems = [f"name {m} before paced: it may compute the advantages anew, without the weights" for m in later]
         if "real" in others:
@@ -216,9 +230,13 @@ class Paced(Method):
     # Pass rates
 
     def measure(self, rollout: Rollout) -> dict[str, Tensor]:
-        if self.use == "distill" or (self.use == "advantages" and not self._on):
-            return {}
-        return {"rates": self._of_rows(rollout)}
+        return {} if self.column is None else {"rates": self._of_rows(rollout)}
+
+    def _of_group(self, group: Group) -> Tensor:
+        """(P,) pass rates; live ones are those of answers without help."""
+        if self.column is not None:
+            return self._rates(group.measured["rates"])
+        return self._rates(self._right(group.outcomes, group.reward_names))
 
     def _of_rows(self, rollout: Rollout) -> Tensor:
         """(rows,) what p is made from: the column's value, or 1 right, 0 wrong, NaN without a verdict."""
@@ -246,20 +264,16 @@ class Paced(Method):
     # As a weight
 
     def streams(self, rollout: Rollout) -> dict[str, Tensor]:
-        if self.use != "distill" or not self._on:
-            return {}
         everyone, mine = rollout.gather(self._of_rows(rollout))
         size = rollout.run.num_generations
         weights = self._weights(self._rates(everyone.view(-1, size)), rollout.metrics)
         return {"weight": weights.repeat_interleave(size)[mine]}
 
     def distill_weights(self, weights: Tensor, x: LossInput) -> Tensor:
-        return weights * x.streams["weight"] if "weight" in x.streams else weights
+        return weights * x.streams["weight"]
 
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
-        if self.use != "advantages" or not self._on:
-            return advantages
-        p = self._rates(group.measured["rates"])
+        p = self._of_group(group)
         self._log_advantages(group.metrics, p, advantages)
         return advantages * self._weights(p, group.metrics).unsqueeze(1)
 
@@ -272,8 +286,6 @@ class Paced(Method):
     # As a sampler. state: the table's rates and visits, "draws" made so far
 
     def choose_prompts(self, draw: Draw) -> Tensor | None:
-        if self.use != "sampler":
-            return None
         table, number = self._table(draw.size, draw), self.state.get("draws", 0)
         self.state["draws"] = number + 1
         positive = table.weights > 0
@@ -285,15 +297,13 @@ class Paced(Method):
         draw.metrics.mean("filled", rest / draw.count)
         if self.column is None:
             draw.metrics.mean("visited", table.visited / draw.size)
-        draw.metrics.mean("effective_table", table.effective, rest < draw.count)
+        draw.metrics.mean("effective_table", table.effective, float(rest < draw.count))
         return drawn
 
     def observe(self, group: Group) -> None:
         """Moves the drawn prompts' rates towards what was seen, also in groups that another method replaced."""
-        if self.use != "sampler":
-            return
         assert group.drawn is not None  # `choose_prompts` chose them
-        p = self._rates(group.measured["rates"])
+        p = self._of_group(group)
         known = ~p.isnan()
         log_weights(group.metrics, p[known], self._draw_weight(p[known]))
         if self.column is None:

@@ -139,7 +139,6 @@ class RiskPO(Method):
     conflicts: ClassVar = {
         "real": "REAL learns from right and wrong alone, so RiskPO's advantages have no effect; name one",
         "group_dpo": "its loss needs advantages that sum to zero in each group, and RiskPO's do not; name one",
-        "paced": "bundles mix questions of different pass rates, and PACED weighs each by its own; name one",
     }
     headline = ("score_mean", "cvar", "rvar", "above")
 

@@ -59,7 +59,22 @@ from trl_ext.controllers import (
 )
 from trl_ext.forward import Features, per_position_detached
 from trl_ext.method import HIDDEN, POLICY, REF_LOGPS, Group, LossInput, Method, Rollout, Setup, param
+from trl_ext.methods.grpo.riskpo import replaced_advantages
+from trl_ext.surrogates import others_that
 
+PARTS = {
+    "entropy_aware": (
+        *("entropy_floor", "gate_min", "kl_short_ema", "tau_low", "tau_high", "kp", "ki", "kd", "target_velocity"),
+        *("reward_ema", "phase_window", "warmup", "climbing", "plateau", "converged", "climbing_rise"),
+        *("converged_std", "converged_reward"),
+    ),
+    "asymmetric": ("momentum_strength", "momentum_window"),
+    "critic": (
+        *("softmin_alpha", "value_clip", "huber_delta", "value_weight", "critic_lr", "critic_clip"),
+        *("critic_gradient", "critic_seed"),
+    ),
+}
+"""Controller, or critic -> the settings that it alone reads."""
 INTEGRAL_LIMIT = 1.0
 """Bound of the PID's integral. Card: clip 1."""
 
@@ -158,8 +173,17 @@ class Safe(Method):
     def __post_init__(self) -> None:
         if self.critic:  # only then is the baseline replaced; the class says what is always owned
             object.__setattr__(self, "owns", (*type(self).owns, "baseline"))
+            why = {
+                name: f"{name} has no use for the critic's advantages; set critic: false"
+                for name in ("real", "group_dpo")
+            }
+            object.__setattr__(self, "conflicts", {**Safe.conflicts, **why})
 
     # What it declares
+
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset() if self.critic else frozenset({"group_advantages", "sampled"})
 
     @property
     def _steers(self) -> bool:
@@ -182,7 +206,9 @@ class Safe(Method):
         return "; ".join(parts) or "nothing: no penalty, no critic"
 
     def check(self, setup: Setup) -> list[str]:
-        problems, args = [], setup.args
+        problems, args = self._unread(), setup.args
+        if self.critic:
+            problems += replaced_advantages(args)
         if self.tau_low > self.tau_high:
             problems.append(f"tau_low {self.tau_low} is above tau_high {self.tau_high}; swap them")
         if self._steers and self.controller == "entropy_aware" and getattr(args, "use_adaptive_entropy", False):
@@ -202,15 +228,22 @@ class Safe(Method):
 
     def _lost_advantages(self, setup: Setup) -> list[str]:
         """The critic makes advantages from rewards: what earlier methods made of TRL's would be lost without a word."""
-        from trl_ext.methods import METHODS
-
-        names = list(setup.methods)
-        if not self.critic or self.name not in names:
+        if not self.critic:
             return []
         return [
             f"its critic would undo the advantages of {name}; name safe before {name}, or set critic: false"
-            for name in names[: names.index(self.name)]
-            if METHODS[name].group_advantages is not Method.group_advantages
+            for name in others_that(setup, self.name, "group_advantages", before=True)
+        ]
+
+    def _unread(self) -> list[str]:
+        """Settings of a part that is off."""
+        used = {"entropy_aware": self.controller == "entropy_aware", "asymmetric": self.controller == "asymmetric"}
+        used["critic"] = self.critic
+        return [
+            f"{name} belongs to {part}, which is not on; leave it out"
+            for part, names in PARTS.items()
+            for name in names
+            if not used[part] and getattr(self, name) != getattr(Safe, name)
         ]
 
     def summary(self, decode_one: Callable[[int], str]) -> list[str]:
@@ -229,10 +262,10 @@ class Safe(Method):
             self._standardise(group)
         if not self._steers:
             return
-        scored = _scored(group)
-        total, count = float(group.total[scored].sum()), int(scored.sum())
+        scored = ~group.outcomes.isnan().all(-1)
+        total, count = float(group.reward_of(group.outcomes, None)[scored].sum()), int(scored.sum())
         if self._at_rollout:
-            self._push(total / max(1, count))
+            self._push(total, count)
             kl, entropy, tokens = (group.measured[key].sum() for key in ("kl", "entropy", "tokens"))
             self.state["trackers"] = self._tracked(torch.stack([kl, entropy, tokens]))
             group.metrics.mean("kl", kl / tokens.clamp(min=1))
@@ -243,13 +276,16 @@ class Safe(Method):
         """Rewards of one more rollout at optimizer step `step`; those of an earlier step move the controller."""
         pending = self.state.get("pending")
         if pending is not None and pending["step"] != step:
-            self._push(pending["sum"] / max(1, pending["count"]))
+            self._push(pending["sum"], pending["count"])
             pending = None
         before = pending or {"sum": 0.0, "count": 0}
         self.state["pending"] = {"step": step, "sum": before["sum"] + total, "count": before["count"] + count}
 
-    def _push(self, reward: float) -> None:
-        """One mean reward moves PID, phase and threshold."""
+    def _push(self, total: float, count: int) -> None:
+        """One mean reward moves PID, phase and threshold; a rollout that nobody scored moves nothing."""
+        if count == 0:
+            return
+        reward = total / count
         rewards = [*self.state.get("rewards", []), reward][-2 * self.phase_window :]
         limits = (self.phase_window, self.climbing_rise, self.converged_std, self.converged_reward)
         phase = phase_of(rewards, *limits)
