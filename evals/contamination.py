@@ -82,18 +82,32 @@ def contamination(prompts: Mapping[str, str], questions: Mapping[str, str], trai
     """
     if not prompts or set(prompts) != set(questions):
         raise ValueError("contamination: prompts and questions must name the same items, at least one")
-    kinds = [_Kind.of(prompts, LONG), _Kind.of(questions, SHORT)]
+    index = Index.of(prompts, questions)
     touched = dict.fromkeys(prompts, 0)
     rows = 0
     for rows, text in enumerate(training, 1):  # noqa: B007  # the count is used below
-        words = normalised_words(text)
-        met: set[str] = set()
-        for kind in kinds:
-            met |= kind.read(words)
-        for item in met:
+        for item in index.met_by(text):
             touched[item] += 1
-    items = {name: Overlap(kinds[0].share(name), kinds[1].share(name), touched[name]) for name in prompts}
+    long, short = index.kinds
+    items = {name: Overlap(long.share(name), short.share(name), touched[name]) for name in prompts}
     return Contamination(items, sum(found.hit for found in items.values()) / len(items), rows)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The n-grams of an evaluation, to hold many training texts against one at a time: `kinds` LONG and SHORT."""
+
+    kinds: Sequence[_Kind]
+
+    @classmethod
+    def of(cls, prompts: Mapping[str, str], questions: Mapping[str, str]) -> Index:
+        """The arguments of `contamination`."""
+        return cls((_Kind.of(prompts, LONG), _Kind.of(questions, SHORT)))
+
+    def met_by(self, text: str) -> set[str]:
+        """The items that share words with a training text: 13 in a row of the prompt, or 8 of the question."""
+        words = normalised_words(text)
+        return set().union(*(kind.read(words) for kind in self.kinds))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def test_the_table() -> None:
         "tool_call_format",
         "text_format",
         "reward_ensemble",
+        "judge_consistent",
     )
     for name in set(REWARDS) - set(skipped):
         if name in need_settings:

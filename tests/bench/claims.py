@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +85,22 @@ def _syntax_first(run: Run) -> float | None:
     return None if valid is None or correct is None else float(correct - valid)
 
 
+def _second_half(name: str) -> Callable[[Run], float | None]:
+    """Mean of a logged number over the second half of the steps."""
+
+    def read(run: Run) -> float | None:
+        values = run["log"].get(name, [])
+        return mean_of(values[len(values) // 2 :])
+
+    return read
+
+
+def _variance_ratio(run: Run) -> float | None:
+    """RODS: reward variance of groups in the boundary zone over that of the others, both as means over the run."""
+    inside, outside = (logged(f"rods/variance_{where}")(run) for where in ("boundary", "outside"))
+    return None if inside is None or not outside else inside / outside
+
+
 def _rl_struct(term: str) -> Metric:
     return Metric(f"{term} term at the end", "%", tail(f"rewards/rl_struct_{term}/mean"), 100, 1)
 
@@ -95,6 +111,38 @@ def _held_at(share: float) -> Any:
 
 
 EARLIER = Metric("held-out accuracy after two fifths", "points", _held_at(0.4), 100, 1)
+
+
+def _rollouts_right(run: Run) -> float | None:
+    """Share of right rollouts at the end; OTC changes the reward itself, so its own count comes first."""
+    own = tail("otc/accuracy")(run)
+    return tail("rewards/answer_correct/mean")(run) if own is None else own
+
+
+def _productivity(run: Run) -> float | None:
+    """Right rollouts per tool call at the end."""
+    right, calls = _rollouts_right(run), tail("tools/call_frequency")(run)
+    return right / calls if right is not None and calls else None
+
+
+def _inconsistent(run: Run) -> float | None:
+    """Share of valid replies at the end whose steps do not lead to the answer."""
+    consistent = tail("rewards/steps_consistent/mean")(run)
+    return None if consistent is None else 1 - consistent
+
+
+CALLS = Metric("calls per rollout at the end", "", tail("tools/call_frequency"))
+PRODUCTIVITY = Metric("right rollouts per call at the end", "", _productivity)
+STEPS_TRUE = Metric("right equations at the end", "%", tail("rewards/steps_true/mean"), 100, 1)
+FEWER_CALLS = (
+    Claim(
+        "equal accuracy, of rollouts with the tool",
+        Metric("right at the end", "%", _rollouts_right, 100, 1),
+        "not below",
+    ),
+    Claim("fewer calls than GRPO", CALLS, "below"),
+    Claim("more right answers per call", PRODUCTIVITY, "above"),
+)
 NOT_WORSE = Claim("accuracy not below GRPO's", ACCURACY, "not below")
 ENTROPY_TARGET = 0.2  # of recipes/sandbox_dcpo.yaml
 CLAIMS: Mapping[str, Sequence[Claim]] = {
@@ -216,15 +264,13 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
         NOT_WORSE,
         Claim(
             "fewer groups all right or all wrong than with uniform draws and a fixed KL",
-            Metric("groups all right or all wrong", "%", logged("fg_expo/one_sided"), 100, 1),
+            Metric("groups without variance", "%", logged("frac_reward_zero_std"), 100, 1),
             "below",
-            "neither part",
         ),
         Claim(
             "larger KL while the accuracy is low than with a fixed KL",
             _nats("early KL to the reference", early("kl")),
             "above",
-            "neither part",
         ),
     ),
     "mdpo": (
@@ -271,9 +317,37 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
             "fewer wasted updates: groups without variance",
             Metric("groups without variance", "%", logged("frac_reward_zero_std"), 100, 1),
             "below",
-            "every prompt alike",
         ),
-        Claim("higher accuracy than with equal weights", ACCURACY, "above", "every prompt alike"),
+        Claim("higher accuracy than with equal weights", ACCURACY, "above"),
+    ),
+    "rods": (
+        NOT_WORSE,
+        Claim(
+            "fewer groups without variance than with static data",
+            Metric("groups without variance in the second half", "%", _second_half("frac_reward_zero_std"), 100, 1),
+            "below",
+        ),
+        Claim(
+            "reward variance in the boundary zone is about twice that outside",
+            Metric("variance inside over outside", "", _variance_ratio, 1, 2),
+            "above",
+            1.5,
+        ),
+        Claim(
+            "new rows land in [0.25, 0.75]",
+            Metric("new rows with rbar in [0.25, 0.75]", "%", logged("rods/new_in_band"), 100, 1),
+            "above",
+            0.5,
+        ),
+        Claim(
+            "boundary seeds give more new rows in [0.25, 0.75] than random ones",
+            Metric("new rows with rbar in [0.25, 0.75]", "%", logged("rods/new_in_band"), 100, 1),
+            "above",
+            "random seeds",
+        ),
+        Claim("accuracy above that with random seeds", ACCURACY, "above", "random seeds"),
+        Claim("accuracy above that without retirement", ACCURACY, "above", "no retirement"),
+        Claim("accuracy above that without new rows", ACCURACY, "above", "no injection"),
     ),
     "trace+paced": (
         Claim("higher accuracy than unweighted distillation", ACCURACY, "above", "trace"),
@@ -306,6 +380,11 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
         NOT_WORSE,
         Claim("solves hard problems without hints that GRPO does not learn", TRAINING, "above"),
         Claim(
+            "solves them sooner",
+            Metric("early accuracy without hints", "points", early("rewards/answer_correct/mean"), 100, 1),
+            "above",
+        ),
+        Claim(
             "questions graduate: fewer groups without a success as training goes on",
             Metric("rise of failed groups", "groups", rise("scaf_grpo/failed_groups"), 1, 1),
             "below",
@@ -323,6 +402,50 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
             0.01,
         ),
         Claim("accuracy above that with middle accuracies only", ACCURACY, "above", "middle accuracies only"),
+    ),
+    "otc": (
+        *FEWER_CALLS,
+        Claim(
+            "right answers take fewer calls",
+            Metric("rise of calls_correct", "", rise("otc/calls_correct")),
+            "below",
+            0,
+        ),
+        Claim("more right answers per call than without n", PRODUCTIVITY, "above", "no fewest calls"),
+    ),
+    "hdpo": (
+        *FEWER_CALLS,
+        Claim(
+            "right answers take fewer calls",
+            Metric("rise of calls_correct", "", rise("hdpo/calls_correct")),
+            "below",
+            0,
+        ),
+        Claim(
+            "more rollouts qualify as accuracy grows",
+            Metric("rise of qualifying", "points", rise("hdpo/qualifying"), 100, 1),
+            "above",
+            0,
+        ),
+        Claim("fewer calls with a stronger tool loss: the default has more", CALLS, "above", "stronger tool loss"),
+    ),
+    "fgrpo": (
+        NOT_WORSE,
+        Claim("more true steps than GRPO", STEPS_TRUE, "above"),
+        Claim("fewer inconsistent replies", Metric("inconsistent at the end", "%", _inconsistent, 100, 2), "below"),
+        Claim(
+            "the constraint's mean climbs",
+            Metric("rise of steps_true", "points", rise("fgrpo/score_steps_true"), 100, 1),
+            "above",
+            0,
+        ),
+        Claim(
+            "the multiplier of a constraint that holds falls",
+            Metric("rise of lambda of steps_consistent", "", rise("fgrpo/lambda_steps_consistent")),
+            "below",
+            0,
+        ),
+        Claim("more true steps than with fixed multipliers", STEPS_TRUE, "above", "fixed multipliers"),
     ),
     "rl_struct": (
         Claim(

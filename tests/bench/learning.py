@@ -51,10 +51,13 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "mdpo": {"no KL": {"t": "inf"}},
     "target_surrogate": {"no target": {"eta": "inf"}},
     "safe": {"without gradient": {"grad": "constant"}},
-    "fg_expo": {"neither part": {"rho": "constant", "sigma": "inf"}},
     "riskpo": {"risk seeking": {"variant": "code", "risk": "seeking"}},
     "oblr_po": {"mean baseline": {"baseline": False}},
-    "paced": {"every prompt alike": {"a": 0.0, "b": 0.0}},
+    "rods": {
+        "random seeds": {"seeds": "random"},
+        "no retirement": {"leave": "none"},
+        "no injection": {"capacity": 0},
+    },
     "scaf_grpo": {"hint not in the prompt": {"replace_hint_prompt": True}},
     "dynamic_sampling": {"middle accuracies only": {"low": 0.2, "high": 0.8}},
 }

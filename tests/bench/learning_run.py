@@ -95,6 +95,8 @@ def run(settings: RunSettings) -> dict[str, Any]:
             RECIPE, [*settings.overrides, *_words(settings, folder), "--methods", json.dumps(methods)]
         )
         kind, options = str(recipe.script_args.dataset_name).split("/")[1], recipe.extra.dataset_options or {}
+        if isinstance(difficulty := options.get("difficulty"), Mapping):  # a JSON mapping has text for keys
+            options = {**options, "difficulty": {int(level): share for level, share in difficulty.items()}}
         data = dataset(kind, **{"n": 2000, **options, "seed": settings.seed})
         peft = get_peft_config(recipe.model_args)
         tools = list(recipe.tools) or None

@@ -41,7 +41,9 @@ OWN: dict[str, Any] = {  # what a method needs to run on these prompts of digits
     "pgpo": {"pattern": "[0-9]+"},
     "fg_expo": {"akl": False},
     "paced": {"use": "advantages"},
+    "rods": {"capacity": 0},  # what a step costs between two epochs; synthesis is as dear as its synthesiser
     "riskpo": {"bundle_size": 2},
+    "fgrpo": {"constraints": {"alternating": 0.9}, "accuracy": "alternating"},
 }
 UNSCALED = {"riskpo", "oblr_po"}  # they replace the advantages and ask for scale_rewards none; the work is the same
 

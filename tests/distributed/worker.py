@@ -5,6 +5,7 @@ Completions are drawn from the global row number, so that one process and two se
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -71,9 +72,45 @@ CASES: dict = {
             "safe": SAFE | {"kl_from": "rollout", "critic": True, "critic_gradient": "policy", "critic_lr": 0.05}
         },
         "loss_type": "grpo",
+        "scale_rewards": "none",
     },
     "paced": {"methods": {"trace": TRACE, "paced": {"normalize": "none"}}, "loss_type": "grpo"},
+    # One group of the first rollout fails and is rescued, one of the second is not: one trial each, on two processes
+    "scaf_grpo": {
+        "methods": {"scaf_grpo": {"columns": {"answer": "Hint"}, "warmup": 0.0, "threshold": 0.9}},
+        "num_generations": 4,
+        "num_iterations": 2,
+        "max_steps": 4,
+    },
+    "dynamic_sampling": {
+        "methods": {"dynamic_sampling": {"low": 0.45, "high": 0.6, "rounds": 2, "oversample": 1.5}},
+        "num_generations": 4,
+        "loss_type": "grpo",
+    },
+    "otc": {"methods": {"otc": {"threshold": 0.3}}, "num_iterations": 2},
+    "hdpo": {"methods": {"hdpo": {"threshold": 0.3, "w_tool": 1.0}}, "num_iterations": 2},
+    "fgrpo": {
+        "methods": {
+            "fgrpo": {"constraints": {"reward": 0.9}, "accuracy": "reward", "minimum": 1, "eta": 1.0, "whiten": False}
+        },
+        "loss_type": "grpo",
+    },
     "paced_sampler": {"methods": {"paced": {"use": "sampler", "smoothing": 0.5}}, "loss_type": "grpo"},
+    "rods": {  # 16 rollouts are an epoch: rows that the first process made are drawn by both after it
+        "methods": {
+            "rods": {
+                "synthesizer": "tests.methods.test_rods.sums",
+                "evaluation": [],
+                "low": 0.0,
+                "high": 1.0,
+                "retire": 1.0,
+                "similar": 1.0,
+            }
+        },
+        "loss_type": "grpo",
+        "max_steps": 24,
+        "learning_rate": 0.01,
+    },
 }
 
 
@@ -84,10 +121,17 @@ class FixedRollouts(trl_ext.GRPOTrainer):
         first = self.accelerator.process_index * len(prompt_ids)
         rows = []
         for row in range(first, first + len(prompt_ids)):
-            draw = torch.Generator().manual_seed(1000 * self.state.global_step + row)
+            again = 500 * (num_generations == 1)  # a second attempt is another completion
+            draw = torch.Generator().manual_seed(1000 * self.state.global_step + row + again)
             length = int(torch.randint(3, 7, (1,), generator=draw))
             rows.append(torch.randint(40, 90, (length,), generator=draw).tolist())
         return rows, None
+
+    def _group(self, scored, advantages):
+        """Tool calls are made up from the lengths: 0, 1 or 2."""
+        group = super()._group(scored, advantages)
+        calls = group.lengths.long() % 3
+        return dataclasses.replace(group, tool_calls=calls, tool_turns=calls)
 
 
 def reward(completions, **kwargs):

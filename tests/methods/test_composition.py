@@ -29,7 +29,11 @@ SETTINGS = {
     "target_surrogate": {"eta": 0.1},
     "paced": {"use": "sampler", "smoothing": 0.5},  # its one use that everything but another sampler goes with
     "safe": {"kl_from": "rollout", "kl_base": 0.0, "tau_low": 0.0, "penalty_strength": 5.0},
+    "rods": {"synthesizer": "tests.methods.test_rods.sums", "evaluation": []},
     "riskpo": {"bundle_size": 2},
+    "otc": {"threshold": 0.3},
+    "hdpo": {"threshold": 0.3},
+    "fgrpo": {"constraints": {"letters_reward": 0.9}, "accuracy": "letters_reward", "minimum": 1},
     # Letters are half of the text at most: groups fail and are tried again; the row's answer is the hint
     "scaf_grpo": {"columns": {"answer": "Hint"}, "warmup": 0.0, "threshold": 0.5},
     "dynamic_sampling": {"low": 0.3, "rounds": 2},
@@ -50,7 +54,7 @@ def make(folder: object, *names: str) -> trl_ext.GRPOTrainer:
 
 @pytest.mark.parametrize("pair", itertools.combinations(GRPO, 2), ids="+".join)
 def test_pair(tmp_path: object, pair: tuple[str, str]) -> None:
-    first, second = (METHODS[name] for name in pair)
+    first, second = (METHODS[name](**SETTINGS.get(name, {})) for name in pair)
     reason = first.conflicts.get(second.name) or second.conflicts.get(first.name)
     shared = set(first.owns) & set(second.owns)
     if reason or shared:

@@ -73,13 +73,14 @@ class EndpointAnnotator:
 
     def __call__(self, requests: Sequence[Request]) -> list[list[Span]]:
         """Spans of each request, in order."""
-        return annotate_with(self._complete, requests, self.stats)
+        return annotate_with(self.complete, requests, self.stats)
 
     def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         settings = {"temperature": 0, "max_tokens": self.max_tokens, **self.extra_body}
         return {"model": self.model, "messages": messages, **settings}
 
-    def _complete(self, conversations: list[list[dict[str, str]]]) -> list[str | None]:
+    def complete(self, conversations: list[list[dict[str, str]]]) -> list[str | None]:
+        """The answer to each conversation, in order; None where none came after the retries. Raises as a call does."""
         bodies = [self._body(messages) for messages in conversations]
         keys = [content_key(body) for body in bodies]
         cache = AnswerCache(Path(self.cache_dir).expanduser()) if self.cache_dir is not None else None

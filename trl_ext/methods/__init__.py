@@ -8,14 +8,18 @@ from trl_ext.methods.grpo.dgpo import Dgpo
 from trl_ext.methods.grpo.dynamic_sampling import DynamicSampling
 from trl_ext.methods.grpo.epo import Epo
 from trl_ext.methods.grpo.fg_expo import FgExpo
+from trl_ext.methods.grpo.fgrpo import Fgrpo
 from trl_ext.methods.grpo.group_dpo import GroupDpo
+from trl_ext.methods.grpo.hdpo import Hdpo
 from trl_ext.methods.grpo.high_entropy import HighEntropy
 from trl_ext.methods.grpo.mdpo import Mdpo
 from trl_ext.methods.grpo.oblr_po import OblrPo
+from trl_ext.methods.grpo.otc import Otc
 from trl_ext.methods.grpo.paced import Paced
 from trl_ext.methods.grpo.pgpo import Pgpo
 from trl_ext.methods.grpo.real import Real
 from trl_ext.methods.grpo.riskpo import RiskPO
+from trl_ext.methods.grpo.rods import Rods
 from trl_ext.methods.grpo.safe import Safe
 from trl_ext.methods.grpo.scaf_grpo import ScafGrpo
 from trl_ext.methods.grpo.target_surrogate import TargetSurrogate
@@ -45,5 +49,9 @@ METHODS: dict[str, type[Method]] = {
         Safe,
         ScafGrpo,
         DynamicSampling,
+        Otc,
+        Hdpo,
+        Fgrpo,
+        Rods,
     )
 }

@@ -55,6 +55,9 @@ REWARDS: dict[str, Callable[..., Reward | tuple[Reward, ...]]] = {
     "text_format": _factory("trl_ext.rewards.text.make_text_format"),
     "text_length": _factory("trl_ext.rewards.text.make_text_length"),
     "reward_ensemble": _factory("trl_ext.rewards.reward_ensemble.make_reward_ensemble"),
+    "steps_consistent": _function("trl_ext.rewards.consistency.steps_consistent"),
+    "steps_true": _function("trl_ext.rewards.consistency.steps_true"),
+    "judge_consistent": _factory("trl_ext.rewards.consistency.make_judge_consistent"),
     "json_valid": _function("trl_ext.sandbox.rewards.json_valid"),
     "answer_correct": _function("trl_ext.sandbox.rewards.answer_correct"),
     # TRL's own, under the names of its script
