@@ -80,7 +80,12 @@ def build_trainer(recipe: Recipe, model: str, tokenizer: Any, data: Data) -> Any
         from trl_ext.grpo import GRPOTrainer
 
         common["tools"] = list(recipe.tools) or None
-        trainer = GRPOTrainer(model, reward_funcs=list(recipe.rewards), **common)
+        if recipe.loop is not None:
+            from trl_ext.loops.trainer import PasoDobleTrainer
+
+            trainer = PasoDobleTrainer(model, list(recipe.rewards), loop=recipe.loop, **common)
+        else:
+            trainer = GRPOTrainer(model, reward_funcs=list(recipe.rewards), **common)
     if recipe.script_args.ignore_bias_buffers:
         named = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in named if b.dtype == torch.bool]

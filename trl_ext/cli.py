@@ -112,9 +112,11 @@ def plan_text(recipe: Recipe, schedule: str) -> str:
     """The plan for people: where each method acts, what it needs and costs, and the schedule in words."""
     plan = recipe.plan
     lines = [f"{recipe.path}: {recipe.trainer} on {recipe.model_args.model_name_or_path}", "", f"Schedule: {schedule}"]
+    lines += [f"Loop: {recipe.loop.describe(recipe.training_args)}"] if recipe.loop else []
     lines += [f"Rewards: {', '.join(recipe.reward_names)}"] if recipe.rewards else []
     if not plan.methods:
-        return "\n".join([*lines, "", "No method is named: this is TRL, bit for bit."])
+        plain = "updates are plain TRL's" if recipe.loop else "this is TRL, bit for bit"
+        return "\n".join([*lines, "", f"No method is named: {plain}."])
     lines += ["", *_table([("stage", "methods, in order"), *plan.describe()])]
     costs = [(m.name, ", ".join(sorted(m.needs())) or "nothing", m.cost()) for m in plan.methods]
     lines += ["", *_table([("method", "needs", "costs"), *costs])]

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from trl_ext.loops.topics import TOPICS, topics
 from trl_ext.plan import did_you_mean
 from trl_ext.recipe import Recipe
 
@@ -56,6 +57,8 @@ def _sandbox(kind: str, recipe: Recipe, split: str, **options: Any) -> Dataset:
         near = did_you_mean(unknown[0], known)
         raise DataError(f"dataset_options: unknown '{unknown[0]}'{near} (known: {', '.join(known)})")
     settings = {**given, **options}
+    if kind == TOPICS:
+        return topics(**settings)
     if isinstance(mix := settings.get("difficulty"), Mapping):
         settings["difficulty"] = {int(level): float(weight) for level, weight in mix.items()}
     try:

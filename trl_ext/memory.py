@@ -111,7 +111,19 @@ def predict(recipe: Any) -> Prediction:
     guess = None if length else f"max_prompt_tokens is not set: prompts of {assumed} tokens assumed"
     vision = "activations of the vision tower are not counted" if hasattr(config, "vision_config") else None
     notes = tuple(text for text in (note, guess, vision) if text)
-    return estimate(config, recipe.training_args, recipe.model_args, recipe.plan, length or assumed, notes)
+    found = estimate(config, recipe.training_args, recipe.model_args, recipe.plan, length or assumed, notes)
+    return _with_second_player(found) if recipe.loop else found
+
+
+def _with_second_player(one: Prediction) -> Prediction:
+    """PasoDoble's second adapter and optimizer; the two are never updated at once, so gradients stay as they are."""
+    own = sum(line.bytes for line in one.lines if line.name in ("adapter", "optimizer"))
+    lines = (*one.lines, Line(_ALWAYS, "Proposer", own, "its adapter and its optimizer"))
+
+    def knobs() -> Iterator[tuple[str, Prediction]]:
+        yield from ((words, _with_second_player(turned)) for words, turned in one.knobs())
+
+    return replace(one, lines=lines, knobs=knobs)
 
 
 def estimate(

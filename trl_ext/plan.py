@@ -150,7 +150,7 @@ def make_plan(spec: Any, trainer: str = "grpo", setup: Setup | None = None) -> P
         elif cls.trainer != trainer:
             problems.append(f"{name}: runs in the {cls.trainer} trainer, this is {trainer} (recipe key `trainer`)")
         else:
-            found = _cast_all(cls, settings)
+            found = cast_settings(cls, settings)
             problems += [f"{name}: {message}" for message in found.problems]
             if not found.problems:
                 methods.append(cls(**found.values))
@@ -190,7 +190,9 @@ def _clashes(methods: list[Method]) -> list[str]:
 
 
 @dataclass
-class _Cast:
+class Cast:
+    """Settings by name as the types of their fields, and what is wrong with the others."""
+
     values: dict[str, Any]
     problems: list[str]
 
@@ -200,8 +202,9 @@ def settings_of(cls: type[Method]) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
-def _cast_all(cls: type[Method], settings: Mapping[str, Any]) -> _Cast:
-    fields, hints, cast = settings_of(cls), typing.get_type_hints(cls), _Cast({}, [])
+def cast_settings(cls: type[Method], settings: Mapping[str, Any]) -> Cast:
+    """A user's settings as the types of the class's fields, and what is wrong with them."""
+    fields, hints, cast = settings_of(cls), typing.get_type_hints(cls), Cast({}, [])
     for key, value in settings.items():
         if key not in fields:
             cast.problems.append(f"unknown setting '{key}'{did_you_mean(key, fields)} (it has: {', '.join(fields)})")

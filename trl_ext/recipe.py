@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from trl_ext.loops import PasoDoble
 from trl_ext.plan import Plan, did_you_mean, normalise, settings_of
 from trl_ext.recipe_parts import Extra, build_parts, config_classes, named, reward_names
 from trl_ext.rewards.checked import Reward
@@ -37,7 +38,8 @@ class Recipe:
     """A checked recipe: the objects that TRL's own scripts use, our keys, the plan and the reward functions.
 
     `raw`: the mapping as written, overrides applied. `values`: what was set, cast to its type, by key. `rewards`:
-    checked functions, or the name of a reward model, in the order of TRL's columns. `not_here`: why it can be planned
+    checked functions, or the name of a reward model, in the order of TRL's columns. `loop`: what drives the trainer, or
+    None. `not_here`: why it can be planned
     but not trained on this machine, or None.
     """
 
@@ -52,6 +54,7 @@ class Recipe:
     plan: Plan
     rewards: tuple[Reward | str, ...]
     tools: tuple[Any, ...]
+    loop: PasoDoble | None
     not_here: str | None
 
     @property
@@ -77,6 +80,9 @@ class Recipe:
         full["methods"] = {
             m.name: {key: _plain(getattr(m, key)) for key in settings_of(type(m))} for m in self.plan.methods
         }
+        if self.loop is not None:
+            settings = {key: _plain(getattr(self.loop, key)) for key in fields_of(type(self.loop))}
+            full["loop"] = {self.loop.name: settings}
         return _without_secrets(full)
 
 
@@ -132,6 +138,8 @@ def _override(raw: dict[str, Any], place: list[str], value: Any) -> None:
     if place[0] == "methods" and len(place) > 1:
         raw["methods"] = normalise(raw.get("methods"))
         value = {} if len(place) == 2 and value is True else value
+    if place[0] == "loop" and len(place) > 1:
+        raw["loop"] = normalise(raw.get("loop"))
     if place[0] == "rewards" and len(place) > 1:
         raw["rewards"] = named(raw.get("rewards"))
         value = {} if len(place) == 2 and value is True else value

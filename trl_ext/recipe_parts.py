@@ -13,6 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 from trl.scripts.utils import DatasetConfig
 
+from trl_ext.loops import PasoDoble, make_loop
 from trl_ext.method import Setup
 from trl_ext.plan import Plan, PlanError, did_you_mean, make_plan, normalise
 from trl_ext.rewards import make_rewards
@@ -22,7 +23,7 @@ from trl_ext.settings import cast_field, default_of, fields_of, hints_of, read_y
 from trl_ext.tools import load_tools
 
 TRAINERS = ("grpo", "dpo")
-_READ_LATER = ("methods", "rewards", "datasets")
+_READ_LATER = ("methods", "rewards", "datasets", "loop")
 """Keys with a reader of their own."""
 
 
@@ -36,6 +37,8 @@ class Extra:
     """Names of rewards, or names with their settings; see `trl_ext.rewards.registry`."""
     tools: list[str] | str | None = None
     """Functions that the model may call in TRL's tool loop; see `trl_ext.tools`."""
+    loop: dict[str, Any] | str | None = None
+    """Name of a loop around the trainer, or the name with its settings; see `trl_ext.loops`."""
     columns: dict[str, Any] | None = None
     """Our column name -> the data set's, e.g. {prompt: problem, answer: expected}."""
     prompt_template: str | None = None
@@ -83,6 +86,7 @@ def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] |
     tools = _tools(values.get("tools"), trainer, problems)
     plan = _plan(raw.get("methods"), trainer, args, rewards, problems)
     problems += _together(values, trainer, rewards, problems)
+    loop = _loop(values, trainer, args, reward_names(rewards), problems)
     if problems:
         return None
     return {
@@ -95,6 +99,7 @@ def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] |
         "plan": plan,
         "rewards": tuple(rewards),
         "tools": tuple(tools),
+        "loop": loop,
         "not_here": not_here,
     }
 
@@ -236,6 +241,22 @@ def _plan(spec: Any, trainer: str, args: Any, rewards: Sequence[Reward | str], p
         problems += [f"methods: {problem.removeprefix('methods: ')}" for problem in error.problems]
         return None
     return plan
+
+
+def _loop(
+    values: Mapping[str, Any], trainer: str, args: Any, rewards: Sequence[str], problems: list[str]
+) -> PasoDoble | None:
+    try:
+        loop = make_loop(values.get("loop"))
+    except ValueError as error:
+        problems += [f"loop: {problem.removeprefix('methods: ')}" for problem in getattr(error, "problems", [error])]
+        return None
+    if loop is not None and trainer != "grpo":
+        problems.append(f"loop: {loop.name} drives the grpo trainer; this is {trainer}")
+    elif loop is not None and args is not None:
+        found = loop.check(args, rewards, bool(values.get("use_peft")), bool(values.get("tools")))
+        problems += [f"loop: {loop.name}: {problem}" for problem in found]
+    return loop
 
 
 def _together(

@@ -208,9 +208,9 @@ class _Run:
 
     def _release(self) -> None:
         """Frees the trained model and the optimizer, so that a second model fits where one did."""
-        trainer = self.trainer
-        trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer._teacher = None
-        trainer.accelerator.free_memory()
+        for trainer in filter(None, (self.trainer, getattr(self.trainer, "proposer", None))):
+            trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer._teacher = None
+            trainer.accelerator.free_memory()
         gc.collect()
 
     def _report(self) -> None:

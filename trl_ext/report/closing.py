@@ -32,6 +32,8 @@ CONTENTS = {
     "curves.png": "learning curves",
     "log.jsonl": "every logged number, one line per log",
     "log.csv": "the same as a table",
+    "questions.jsonl": "every question and verdict of the loop",
+    "proposer": "the Proposer's adapter",
     "recipe.yaml": "the recipe with every default filled in",
     "plan.txt": "stages, costs, schedule",
     "versions.json": "versions, commit, machine, seeds",
@@ -55,7 +57,7 @@ def finish(
     Without `before` and `after` there are only curves and files. Paths in the files are relative to `output_dir`.
     """
     folder = Path(output_dir)
-    picture = curves(files.read_log(folder), plan, before, after, title=f"{recipe.name} ({names(plan)})")
+    picture = curves(files.read_log(folder), plan, before, after, title=f"{recipe.name} ({_called(recipe, plan)})")
     if picture is not None:
         files.write_bytes(folder / "curves.png", picture)
     summary = _summary(recipe, plan, before, after, method_lines)
@@ -69,6 +71,12 @@ def finish(
 def names(plan: Plan) -> str:
     """The methods in order, or "plain TRL"."""
     return ", ".join(method.name for method in plan.methods) or "plain TRL"
+
+
+def _called(recipe: Any, plan: Plan) -> str:
+    """The loop, if there is one, and the methods."""
+    loop = getattr(recipe, "loop", None)
+    return names(plan) if loop is None else f"{loop.name} loop, {names(plan)}"
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -115,6 +123,7 @@ def _summary(
         "trainer": recipe.trainer,
         "model": model_name(recipe),
         "methods": {method.name: changed(method) for method in plan.methods},
+        "loop": recipe.loop.name if getattr(recipe, "loop", None) else None,
         "method_lines": list(method_lines),
         "evaluation": None,
     }
@@ -145,7 +154,8 @@ def _markdown(
     after: Evaluation | None,
 ) -> str:
     methods = [f"- `{m.name}`: {m.title} (arXiv {m.paper}); {changed(m)}" for m in plan.methods]
-    parts = [f"# {recipe.name}", "", f"`{recipe.trainer}` on `{model_name(recipe)}`, {names(plan)}.", "", *methods, ""]
+    run = f"`{recipe.trainer}` on `{model_name(recipe)}`, {_called(recipe, plan)}."
+    parts = [f"# {recipe.name}", "", run, "", *methods, ""]
     if body:
         parts += ["## Result", "", *_fence("\n".join(body).rstrip()), ""]
     if before is not None and after is not None:

@@ -45,8 +45,13 @@ def plan_table(recipe: Any, plan: Plan, schedule: str) -> RenderableType:
     """Stage -> methods, then a line for each method with its cost and changed settings, then the schedule."""
     heading = Text(f"{recipe.name}: {recipe.trainer} on {recipe.model_args.model_name_or_path}", "bold")
     words = Text(f"Schedule: {schedule}")
+    if recipe.loop is not None:
+        heading.append(f"\nLoop: {recipe.loop.describe(recipe.training_args)}", "not bold")
     if not plan.methods:
-        return Group(heading, Text("No method is named: this is plain TRL."), words)
+        plain = (
+            "No method is named: updates are plain TRL's." if recipe.loop else "No method is named: this is plain TRL."
+        )
+        return Group(heading, Text(plain), words)
     table = Table("stage", "methods, in order of application")
     for stage, names in plan.describe():
         table.add_row(stage, Text(names))
