@@ -30,8 +30,9 @@ are none; then extra fields, images and the tools' images."""
 class Prompts:
     """What a rollout was asked: this process's rows, and which rows of the training set a method drew (P,).
 
-    `discarded` (row of the training set, rewards (G, F)) of each group that was replaced. `before`: all rewards
-    (world * rows, F) as they were, if what replaced some had help; `unhelped` the same of the groups that stayed.
+    `discarded` (row of the training set, rewards (G, F)) of each group that was replaced. `unhelped`: the
+    rewards (P, G, F) of what is trained on, and where that had help, of what it replaced; `before` (world * rows, F):
+    the same, if anything had help.
     """
 
     rows: list[dict[str, Any]]
@@ -76,6 +77,7 @@ class Revisions(MethodTrainer):
                 work.swap(revision)
         self._known_rewards = work.rewards.flatten(0, 1)
         self._prompts.unhelped = work.unhelped
+        self._prompts.before = work.unhelped.flatten(0, 1) if work.helped else None
         return work.output
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
@@ -128,7 +130,7 @@ class _Revising:
         self.first = trainer.accelerator.process_index * len(asked.rows)
         scored = trainer._scored_now(asked.rows, prompts, output)
         self.rewards: Tensor = scored.view(-1, self.group, scored.size(1)).clone()
-        self.original = scored
+        self.helped = False
         self.unhelped = self.rewards.clone()
         self.rows: list[dict[str, Any]] = gather_object(list(asked.rows))[:: self.group]
         self.samples: list[Sample] = []
@@ -179,8 +181,7 @@ class _Revising:
 
     def swap(self, revision: Revision) -> None:
         """Puts samples in their places, in the lists that TRL holds."""
-        if revision.helped and revision.swaps and self.asked.before is None:
-            self.asked.before = self.original
+        self.helped |= revision.helped and bool(revision.swaps)
         for group in {group for group, _ in revision.swaps}:
             places = [place for own, place in revision.swaps if own == group]
             if len(places) == self.group:

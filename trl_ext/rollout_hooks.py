@@ -177,7 +177,8 @@ class RolloutHooks(MethodTrainer):
         logged = self._metrics["train"]
         for i, name in enumerate(self.reward_func_names):
             logged[f"rewards/{name}/mean"][-1] = rewards[:, i].nanmean().item()
-        logged["reward"][-1] = (rewards * self.reward_weights.to(rewards.device)).nansum(1).mean().item()
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        logged["reward"][-1] = total[~rewards.isnan().all(1)].mean().item()
 
     def _keeps_old_logps(self) -> bool:
         """Whether TRL's scoring begins with a forward for the old log-probs."""

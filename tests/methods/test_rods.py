@@ -62,7 +62,6 @@ def group(progress, drawn=None, **more):
         reward_weights=torch.ones(1),
         seed=0,
         drawn=None if drawn is None else torch.tensor(drawn),
-        measured={"progress": progress},
         **more,
     )
 
@@ -101,7 +100,7 @@ def test_worked_groups(rewards, rbar, variance):
     seen = group([rewards], drawn=[0])
     method.observe(seen)
     assert method.state["pool"]["entries"][0]["rbar"] == pytest.approx(rbar, abs=1e-6)
-    assert float(group_variance(seen.measured["progress"])) == pytest.approx(variance, abs=1e-6)
+    assert float(group_variance(seen.rewards[..., 0])) == pytest.approx(variance, abs=1e-6)
     assert variance <= rbar * (1 - rbar) + 1e-9
     found = logged(seen.metrics)
     assert found["rbar"] == pytest.approx(rbar, abs=1e-6) and found["zero_variance"] == float(rbar == 1)

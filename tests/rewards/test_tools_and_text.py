@@ -148,6 +148,8 @@ def test_length() -> None:
             make_reward("text_length", settings)
 
 
-def test_a_batch_without_any_call_is_refused_as_for_every_reward() -> None:
+def test_a_batch_without_any_call_is_no_mistake() -> None:
+    """Its None is about the completion; `tool_called_when_needed` says None of what the data lack, and is refused."""
+    assert checked(make_reward("tool_call_success"))(completions=[NONE, NONE]) == [None, None]
     with pytest.raises(RuntimeError, match="returned None for all 2 completions"):
-        checked(make_reward("tool_call_success"))(completions=[NONE, NONE])
+        make_reward("tool_called_when_needed")(completions=[NONE, NONE], needs_tool=[None, None])

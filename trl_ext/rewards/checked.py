@@ -23,10 +23,11 @@ def checked(reward: Reward) -> Reward:
 
     Allowed is a list of one finite number, or None (not applicable), for each completion. Raises RewardError that
     names the function, the row and the completion. A batch of None alone is refused until the function has judged
-    something: it then most likely looks for a column that the data set does not have.
+    something: it then most likely looks for a column that the data set does not have. A function whose attribute
+    `may_abstain` is True says None of what a completion is, not of what the data lack, and is not refused.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
-    judged = False
+    judged = bool(getattr(reward, "may_abstain", False))
 
     def check(completions: Sequence[Any], values: Any) -> list[float | None]:
         nonlocal judged
@@ -58,6 +59,12 @@ def checked(reward: Reward) -> Reward:
     wrapper = call_async if inspect.iscoroutinefunction(reward) else call
     wrapper.__name__ = name
     return wrapper
+
+
+def abstaining(reward: Reward) -> Reward:
+    """Marks a function whose None is about the completion: a whole batch of None is no mistake."""
+    reward.may_abstain = True  # type: ignore[attr-defined]
+    return reward
 
 
 def _raised(name: str, error: Exception, completions: Sequence[Any]) -> RewardError:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl_ext.annotate.endpoint import EndpointAnnotator
-from trl_ext.rewards.checked import Reward
+from trl_ext.rewards.checked import Reward, abstaining
 from trl_ext.sandbox.calculator import calculator
 from trl_ext.sandbox.rewards import parse_reply, reply_text
 
@@ -35,11 +35,13 @@ INSTRUCTIONS = (
 VERDICT = re.compile(r"\W{0,8}(yes|no)\b", re.IGNORECASE)
 
 
+@abstaining
 def steps_consistent(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """1.0 where the last number in the steps is the answer, 0.0 where not or without a number; None if not valid JSON."""
     return [_over_reply(completion, _consistent) for completion in completions]
 
 
+@abstaining
 def steps_true(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """Share of right equations among the steps that are one; None without such a step, or if not valid JSON."""
     return [_over_reply(completion, _true_share) for completion in completions]
@@ -76,7 +78,7 @@ def make_judge_consistent(base_url: str, model: str, **endpoint: Any) -> Reward:
         asked = [_question(p, reply_text(c)) for p, c in zip(prompts, completions, strict=True)]
         return [_verdict(answer) for answer in (judge.complete(asked) if asked else [])]
 
-    return judge_consistent
+    return abstaining(judge_consistent)
 
 
 def _question(prompt: Any, reply: str) -> list[dict[str, str]]:

@@ -89,8 +89,11 @@ def make_rewards(name: str, settings: Mapping[str, Any] | None = None) -> list[R
     reward = imported(name)
     if not settings:
         return [checked(reward)]
-    partial = functools.partial(reward, **settings)
-    return [checked(functools.wraps(reward)(partial))]
+    partial: Any = functools.partial(reward, **settings)
+    columns = columns_of(partial)  # what the settings do not give; `wraps` shows the whole signature again
+    named: Any = functools.wraps(reward)(partial)
+    named.needs_columns = columns
+    return [checked(named)]
 
 
 def make_reward(name: str, settings: Mapping[str, Any] | None = None) -> Reward:

@@ -15,7 +15,7 @@ from typing import Any
 
 from evals.graders.schema import Schema, compiled
 from evals.graders.strict_json import load
-from trl_ext.rewards.checked import Reward
+from trl_ext.rewards.checked import Reward, abstaining
 
 ERROR = re.compile(r"\s{0,8}(?:\{\s{0,8}['\"]error['\"]\s{0,8}:|error\b)", re.IGNORECASE)
 """How the answer to a failed call begins."""
@@ -41,7 +41,7 @@ def make_tool_call_success() -> Reward:
     def tool_call_success(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         return [_success(completion) for completion in completions]
 
-    return tool_call_success
+    return abstaining(tool_call_success)
 
 
 def make_tool_called_when_needed(column: str = "needs_tool") -> Reward:
@@ -74,7 +74,7 @@ def make_tool_call_format(tools: Sequence[str] | Mapping[str, Mapping[str, Any] 
     def tool_call_format(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         return [_format(completion, schemas) for completion in completions]
 
-    return tool_call_format
+    return abstaining(tool_call_format)
 
 
 def calls_of(completion: Any) -> list[Any]:

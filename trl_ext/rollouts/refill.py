@@ -13,10 +13,12 @@ from torch import Tensor
 def has_signal(rewards: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """(P, G) -> (P,) bool: not all rewards of the group are equal, and low <= their mean <= high where these are given.
 
-    Equal means equal, not a small standard deviation: that of equal numbers need not be zero in floating point.
+    Equal means equal, not a small standard deviation: that of equal numbers need not be zero in floating point. NaN is
+    a completion that nobody scored, which has no advantage either.
     """
-    found = rewards.amax(1) > rewards.amin(1)
-    mean = rewards.mean(1)
+    unscored = rewards.isnan()
+    found = rewards.masked_fill(unscored, -torch.inf).amax(1) > rewards.masked_fill(unscored, torch.inf).amin(1)
+    mean = rewards.nanmean(1)
     if low is not None:
         found &= mean >= low
     if high is not None:

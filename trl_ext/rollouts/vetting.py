@@ -21,7 +21,10 @@ from evals.training_data import COLUMNS
 
 ACCEPTED = "accepted"
 # What chat templates use as marks: in a prompt they would begin or end a turn.
-_MARKS = re.compile(r"<\|[^|>]{0,40}\|>|</?s>|<(?:bos|eos|pad|unk)>|\[/?INST\]|<(?:start|end)_of_turn>")
+_MARKS = re.compile(
+    r"<[|\uff5c][^|\uff5c>\n]{0,100}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,20}\]"
+    r"|</?(?:think|tool_call|tool_response)>|<</?SYS>>"
+)
 _ALLOWED_CONTROL = "\n\t"
 
 

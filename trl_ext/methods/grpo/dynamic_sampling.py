@@ -48,6 +48,10 @@ class DynamicSampling(Method):
         "distribution whose quantiles it tracks; leave dynamic_sampling out",
         "hdpo": "groups that are all right would be replaced, and these are where HDPO's efficiency channel works; leave "
         "dynamic_sampling out",
+        "otc": "groups that are all right would be replaced, and their numbers of calls are OTC's signal; leave "
+        "dynamic_sampling out",
+        "fgrpo": "groups that are all right would be replaced, although their constraints differ; leave dynamic_sampling "
+        "out",
     }
 
     rounds: int = param(
@@ -108,7 +112,8 @@ class DynamicSampling(Method):
 
     def _signal(self, attempt: Attempt, rewards: Tensor) -> Tensor:
         """(P, G, F) -> (P,) bool."""
-        return has_signal(attempt.reward(self.reward, rewards), self.low, self.high)
+        found = attempt.reward(self.reward, rewards).masked_fill(rewards.isnan().all(-1), torch.nan)
+        return has_signal(found, self.low, self.high)
 
     def _fresh(self, attempt: Attempt, count: int, seen: list[Any]) -> list[dict[str, Any]]:
         """Up to `count` rows whose prompts are not in `seen`, to which they are added."""

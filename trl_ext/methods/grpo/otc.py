@@ -98,8 +98,7 @@ class Otc(Method):
     headline = ("calls", "calls_correct", "accuracy", "productivity")
     conflicts: ClassVar = {
         "real": "REAL takes a reward below its threshold for wrong, and OTC lowers those of right answers; name one",
-        "fg_expo": "it takes the rewards for pass rates, and OTC lowers those of right answers; name one, or take paced, "
-        "which reads them before OTC",
+        "scaf_grpo": "a number of calls that only a hint made possible would be remembered as the fewest; name one",
     }
 
     correctness: str | None = param(

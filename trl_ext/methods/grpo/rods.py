@@ -36,7 +36,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trl_ext.method import Chosen, Draw, Group, Method, Rollout, Setup, param
+from trl_ext.method import Chosen, Draw, Group, Method, Setup, param
 from trl_ext.rewards.registry import imported
 from trl_ext.rollouts import pool as pools
 from trl_ext.rollouts import synthesis
@@ -307,15 +307,14 @@ class Rods(Method):
 
     # Statistics
 
-    def measure(self, rollout: Rollout) -> dict[str, Tensor]:
-        """R_P of each row as its function gave it: `Group.rewards` are shaped."""
-        names = list(rollout.reward_names)
-        column = 0 if self.reward is None else names.index(self.reward)
-        return {"progress": rollout.rewards[:, column].nan_to_num().float()}
+    def _progress(self, group: Group) -> Tensor:
+        """(P, G): R_P as its function gave it, of completions without help."""
+        column = 0 if self.reward is None else list(group.reward_names).index(self.reward)
+        return group.outcomes[..., column].nan_to_num().float()
 
     def observe(self, group: Group) -> None:
         """rbar of the rows of this rollout, and of groups that another method made and did not take."""
-        progress = group.measured["progress"]
+        progress = self._progress(group)
         self._check_range(progress, group)
         rbar = progress.mean(1)
         self._report(rbar, group_variance(progress), group)
@@ -339,9 +338,7 @@ class Rods(Method):
         group.metrics.mean("variance", variance)
         group.metrics.mean("variance_boundary", variance, inside.float())
         group.metrics.mean("variance_outside", variance, (~inside).float())
-        group.metrics.mean(
-            "zero_variance", (group.measured["progress"].amin(1) == group.measured["progress"].amax(1)).float()
-        )
+        group.metrics.mean("zero_variance", (self._progress(group).amin(1) == self._progress(group).amax(1)).float())
 
     def _note(self, numbers: Tensor, rbar: Tensor, group: Group) -> None:
         pool: Pool = self.state["pool"]
