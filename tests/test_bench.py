@@ -336,6 +336,12 @@ def test_generated_readme(tmp_path):
         readme.main([], path, folder, papers)
 
 
+def test_newer_rows_take_the_place_of_stored_ones():
+    stored = [{"label": "trl", "ratio": 1}, {"label": "a", "ratio": 2}]
+    found = overhead.merged(stored, [{"label": "a", "ratio": 3}, {"label": "b", "ratio": 4}])
+    assert [(row["label"], row["ratio"]) for row in found] == [("trl", 1), ("a", 3), ("b", 4)]
+
+
 def test_every_default_says_where_it_comes_from():
     assert readme.kind_of("card: paper, table 3") == "paper" and readme.kind_of("card: official code") == "code"
     assert readme.kind_of("card: a choice, not seen in the paper") == readme.kind_of("ours") == "decided"

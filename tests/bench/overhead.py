@@ -20,7 +20,7 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,12 @@ def run_shape(shape: Shape, variants: Sequence[Variant], rounds: int) -> list[di
         return measure(variants, lambda v: Bench(v, shape, copy.deepcopy(model), folder), rounds, Passes())
 
 
-def run(shapes: dict[str, Shape], grown: dict[str, Shape], rounds: int) -> dict[str, Any]:
-    """All variants on `shapes`, a few of them on `grown`."""
+def run(shapes: dict[str, Shape], grown: dict[str, Shape], rounds: int, only: Collection[str] = ()) -> dict[str, Any]:
+    """All variants on `shapes`, a few of them on `grown`; `only` these beside stock TRL, if any are named."""
     every = steps.variants()
+    if unknown := set(only) - {v.label for v in every}:
+        raise SystemExit(f"no variant is called {', '.join(sorted(unknown))}")
+    every = [v for v in every if not only or v.label in {*only, "trl", "trl again"}]
     few = [v for v in every if v.label in GROWN_LABELS]
     found = []
     for name, shape in {**shapes, **grown}.items():
@@ -94,6 +97,13 @@ def run(shapes: dict[str, Shape], grown: dict[str, Shape], rounds: int) -> dict[
         rows = run_shape(shape, every if name in shapes else few, rounds)
         found.append({"name": name, "shape": dataclasses.asdict(shape), "variants": rows})
     return {"bench": "overhead", "machine": machine(), "rounds": rounds, "shapes": found}
+
+
+def merged(stored: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of two runs, the newer one's first of each label; each ratio is to stock TRL in its own run."""
+    new = {row["label"]: row for row in measured}
+    kept = [new.pop(row["label"], row) for row in stored]
+    return [*kept, *new.values()]
 
 
 def shape_text(shape: dict[str, Any]) -> str:
@@ -140,11 +150,22 @@ def main(words: Sequence[str] | None = None) -> None:
         "--out", type=Path, help="JSON file (default tests/bench/results/overhead.json; none if quick)"
     )
     parser.add_argument("--shape", choices=SHAPES, help="measure this shape alone and put it into the stored result")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(";"),
+        default=[],
+        help="variants joined by semicolons, with --shape: their rows take the place of the stored ones",
+    )
     args = parser.parse_args(words)
+    if args.only and not args.shape:
+        parser.error("--only replaces rows of one shape: name it with --shape")
     out = args.out or (None if args.quick else RESULTS / "overhead.json")
     if args.shape and out:
         result = json.loads(out.read_text())
-        (measured,) = run({args.shape: SHAPES[args.shape]}, {}, result["rounds"])["shapes"]
+        (measured,) = run({args.shape: SHAPES[args.shape]}, {}, result["rounds"], args.only)["shapes"]
+        if args.only:
+            (stored,) = (shape for shape in result["shapes"] if shape["name"] == args.shape)
+            measured["variants"] = merged(stored["variants"], measured["variants"])
         result["shapes"] = [measured if shape["name"] == args.shape else shape for shape in result["shapes"]]
     else:
         result = run({"tiny": TINY}, {}, 2) if args.quick else run(SHAPES, GROWN, args.rounds)
