@@ -85,19 +85,19 @@ class Rods(Method):
         "fields of an OpenAI-compatible endpoint {base_url: ..., model: ..., answer: ...}",
         source="card: paper uses Qwen3-32B behind an endpoint; the default is our decision, it needs no other machine",
     )
-    budget: int = param(16, "seeds per epoch", source="card: open (c), our default", ge=1)
-    variants: int = param(1, "new rows per seed", source="card: open (c), our default", ge=1)
+    budget: int = param(16, "seeds per epoch", source="card: open (c), decision", ge=1)
+    variants: int = param(1, "new rows per seed", source="card: open (c), decision", ge=1)
     category: str | None = param(
         None, "column that the quota counts by", source="card: inferred, BFCL has four categories"
     )
     quota: int | None = param(
-        None, "seeds per category and epoch; none: the budget alone", source="card: open (c), not published", ge=1
+        None, "seeds per category and epoch; none: the budget alone", source="card: open (c), decision; not published", ge=1
     )
-    cooldown: int = param(1, "epochs that a seed rests after its use", source="card: open (c), our default", ge=0)
+    cooldown: int = param(1, "epochs that a seed rests after its use", source="card: open (c), decision", ge=0)
     stale: int | None = param(
         None,
         "epochs after which a generated row leaves anyway",
-        source="card: open (c), our default is no such rule",
+        source="card: open (c), decision: no such rule",
         ge=1,
     )
     total: int | None = param(
