@@ -91,7 +91,10 @@ class Rods(Method):
         None, "column that the quota counts by", source="card: inferred, BFCL has four categories"
     )
     quota: int | None = param(
-        None, "seeds per category and epoch; none: the budget alone", source="card: open (c), decision; not published", ge=1
+        None,
+        "seeds per category and epoch; none: the budget alone",
+        source="card: open (c), decision; not published",
+        ge=1,
     )
     cooldown: int = param(1, "epochs that a seed rests after its use", source="card: open (c), decision", ge=0)
     stale: int | None = param(
