@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
-import torch
-
+from tests.distributed.launch import save_all
 from tests.test_distillation import data, settings, teacher
-from tests.tiny import tiny_path, weights
+from tests.tiny import tiny_path
 from trl_ext.distillation import PacedDistillationConfig, PacedDistillationTrainer
 
 CASES: dict = {
@@ -34,20 +29,6 @@ def train(case: str, folder: str, processes: int) -> PacedDistillationTrainer:
     return trainer
 
 
-def main(out: str) -> None:
-    tiny_path()  # before the processes join: from then on transformers saves on the first one only
-    teacher()
-    for case in CASES:
-        trainer = train(case, out, processes=2)
-        if trainer.accelerator.is_main_process:
-            log = [{k: v for k, v in e.items() if "/" in k} for e in trainer.state.log_history]
-            torch.save({"weights": weights(trainer), "log": log}, Path(out) / f"{case}.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
-    sys.stdout.flush()
-    os._exit(0)  # all is written; gloo's threads abort the interpreter's own exit now and then
+    teacher()  # built before the processes join
+    save_all(CASES, train)

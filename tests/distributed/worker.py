@@ -6,14 +6,12 @@ Completions are drawn from the global row number, so that one process and two se
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-from pathlib import Path
 
 import torch
 
 import trl_ext
-from tests.tiny import grpo_args, prompts, tiny_path, weights
+from tests.distributed.launch import save_all
+from tests.tiny import grpo_args, prompts, tiny_path
 
 TRACE = {"action": "both", "annotator": "tests.tiny.annotate_first", "clip": None, "coverage": 0.5}
 SAFE = {"kl_base": 0.0, "tau_low": 0.0, "tau_high": 0.0, "kl_short_ema": 0.0, "penalty_strength": 5.0}
@@ -155,19 +153,5 @@ def train(case: str, folder: str, processes: int) -> FixedRollouts:
     return trainer
 
 
-def main(out: str) -> None:
-    tiny_path()  # before the processes join: from then on transformers saves on the first one only
-    for case in CASES:
-        trainer = train(case, out, processes=2)
-        if trainer.accelerator.is_main_process:
-            log = [{k: v for k, v in e.items() if "/" in k} for e in trainer.state.log_history]
-            torch.save({"weights": weights(trainer), "log": log}, Path(out) / f"{case}.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
-    sys.stdout.flush()
-    os._exit(0)  # all is written; gloo's threads abort the interpreter's own exit now and then
+    save_all(CASES, train)

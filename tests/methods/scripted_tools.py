@@ -32,11 +32,8 @@ def spoke(completions: list, **kwargs: object) -> list[float]:
     return [1.0 for _ in completions]
 
 
-def tool_trainer(
-    folder: Path, methods: Any, script: Script, cls: type = trl_ext.GRPOTrainer, per_turn: int = 1, **kwargs: Any
-) -> Any:
-    """A trainer whose rollouts follow `script`: one prompt over and over, 4 rows per rollout, `per_turn` calls per turn."""
-    words = sandbox_tokenizer()
+def random_model(words: Any) -> Qwen3ForCausalLM:
+    """A two-layer model over this tokenizer's vocabulary, the same each time."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(words),
@@ -50,6 +47,14 @@ def tool_trainer(
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
+    return Qwen3ForCausalLM(config)
+
+
+def tool_trainer(
+    folder: Path, methods: Any, script: Script, cls: type = trl_ext.GRPOTrainer, per_turn: int = 1, **kwargs: Any
+) -> Any:
+    """A trainer whose rollouts follow `script`: one prompt over and over, 4 rows per rollout, `per_turn` calls per turn."""
+    words = sandbox_tokenizer()
     rewards = kwargs.pop("rewards", [right])
     args = QUIET | {"output_dir": str(folder), "num_generations": 4, "per_device_train_batch_size": 4}
     args |= {"max_completion_length": 256, "max_steps": 2, "loss_type": "grpo", "learning_rate": 1e-2}
@@ -57,7 +62,7 @@ def tool_trainer(
     config_of = trl_ext.GRPOConfig(**args | kwargs, methods=methods) if ours else trl.GRPOConfig(**args | kwargs)
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": "What is 12+3?"}]}] * 4)
     trainer = cls(
-        Qwen3ForCausalLM(config),
+        random_model(words),
         rewards,
         config_of,
         data,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import trl_ext
+from tests.methods.scripted_tools import random_model
 from tests.tiny import QUIET, assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext.method import Metrics, RunShape
 from trl_ext.methods.grpo.epo import Epo, corridor_penalty, penalty_factor, rl_steps, turn_ids, turn_weights
@@ -298,24 +298,11 @@ def tool_trainer(tmp_path, methods):
     """A random model that is made to call the calculator once in every second row, through TRL's own tool loop."""
     words = sandbox_tokenizer()
     call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12+3"}}\n</tool_call><|im_end|>'
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.5,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
     args = QUIET | {"output_dir": str(tmp_path), "num_generations": 4, "per_device_train_batch_size": 4}
     args |= {"max_completion_length": 96, "max_steps": 2, "loss_type": "grpo", "learning_rate": 1e-2}
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": "What is 12+3?"}]}] * 4)
     trainer = trl_ext.GRPOTrainer(
-        Qwen3ForCausalLM(config),
+        random_model(words),
         lambda completions, **kw: [float(i) for i in range(len(completions))],
         trl_ext.GRPOConfig(**args, methods=methods),
         data,
