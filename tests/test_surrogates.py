@@ -11,7 +11,7 @@ import trl
 
 import trl_ext
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
-from trl_ext import ops, surrogates
+from trl_ext import checks, ops, surrogates
 from trl_ext.method import Method, RunShape, Setup
 from trl_ext.methods import METHODS
 
@@ -99,19 +99,19 @@ def test_steps_and_rollouts(per_rollout, steps, index, last):
     ],
 )
 def test_flags_of_the_replaced_term_are_refused(flag, value):
-    assert surrogates.unused_flags(CONFIG) == []
-    (message,) = surrogates.unused_flags(SimpleNamespace(**vars(CONFIG) | {flag: value}))
+    assert checks.unused_flags(CONFIG) == []
+    (message,) = checks.unused_flags(SimpleNamespace(**vars(CONFIG) | {flag: value}))
     assert flag in message and str(value) in message
 
 
 def test_the_table_holds_trls_defaults():
-    assert {name: getattr(CONFIG, name) for name in surrogates.UNUSED} == surrogates.UNUSED
+    assert {name: getattr(CONFIG, name) for name in checks.POLICY_TERM} == checks.POLICY_TERM
 
 
 def test_vllms_correction_is_refused():
     vllm = SimpleNamespace(use_vllm=True, vllm_importance_sampling_correction=True)
-    assert "vllm_importance_sampling_correction: false" in surrogates.unused_flags(vllm)[0]
-    assert surrogates.unused_flags(SimpleNamespace(use_vllm=False, vllm_importance_sampling_correction=True)) == []
+    assert "vllm_importance_sampling_correction: false" in checks.unused_flags(vllm)[0]
+    assert checks.unused_flags(SimpleNamespace(use_vllm=False, vllm_importance_sampling_correction=True)) == []
 
 
 def test_other_methods_of_the_plan():
@@ -119,6 +119,5 @@ def test_other_methods_of_the_plan():
     names = ["high_entropy", "probe", "trace", "velocity_rank", "capo"]
     built = [SimpleNamespace(name=name) if name == "probe" else METHODS[name]() for name in names]
     setup = Setup(None, methods=names, built=built)
-    assert surrogates.others_that(setup, "probe", "token_weights") == ["high_entropy", "trace"]
-    assert surrogates.others_that(setup, "probe", "token_weights", before=True) == ["high_entropy"]
-    assert surrogates.others_that(setup, "probe", "group_advantages") == []  # capo has that hook, idle by default
+    assert checks.others_that(setup, "probe", "token_weights") == ["high_entropy", "trace"]
+    assert checks.others_that(setup, "probe", "group_advantages") == []  # capo has that hook, idle by default

@@ -138,6 +138,8 @@ class MethodTrainer:
             for group in self.optimizer.param_groups:
                 for method in changing:
                     group["lr"] = method.learning_rate(float(group["lr"]), self.state.global_step)
+            # The trainer logs the scheduler's rate as `learning_rate`
+            self._metrics_store().mean("learning_rate_used", float(self.optimizer.param_groups[0]["lr"]))
 
     def _after_update(self) -> None:
         """The scheduler goes on from its own rates."""

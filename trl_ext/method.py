@@ -166,6 +166,11 @@ class Group:
         """(P, G): the weighted sum of the rewards, as TRL sums them; NaN counts as nothing."""
         return self.reward_of(self.rewards, None)
 
+    @property
+    def unscored(self) -> Tensor:
+        """(P, G) bool: completions that no reward function scored, which TRL leaves out."""
+        return self.rewards.isnan().all(-1)
+
     def reward(self, name: str | None) -> Tensor:
         """(P, G): the reward called `name`, 0 where it is NaN; None: `total`. ValueError for an unknown name."""
         return self.reward_of(self.rewards, name)
@@ -472,6 +477,7 @@ class PairInput:
     `logps`, `ref_logps` (2B, S) per-token log-probabilities of the sequence shifted by one, chosen rows first, 0 outside
     the completion; `ref_logps` is None with `precompute_ref_log_probs`. `mask` (2B, S). `chosen`, `rejected`,
     `ref_chosen`, `ref_rejected` (B,) sequence sums as TRL forms them (`ld_alpha` included). `beta` as in TRL.
+    `columns`: name -> (B,), the numbers of the data set that the plan's methods asked for (`pair_columns`).
     """
 
     logps: Tensor
@@ -486,10 +492,57 @@ class PairInput:
     metrics: Metrics
     policy: Features | None
     gather: Callable[[Tensor], tuple[Tensor, slice]]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    training: bool = True
+    scratch: dict[str, Any] = field(default_factory=dict)
 
     def for_method(self, name: str) -> PairInput:
         """The same data; metrics get the method's name as prefix."""
-        return dataclasses.replace(self, metrics=self.metrics.under(name))
+        scratch = self.scratch.setdefault(name, {})
+        return dataclasses.replace(self, metrics=self.metrics.under(name), scratch=scratch)
+
+
+@dataclass(frozen=True)
+class LabelInput:
+    """One micro-batch of labelled completions inside the KTO loss, after the policy's and the reference's forward.
+
+    `logps` (B,) with gradient and `ref_logps` (B,): log-probabilities of the completions, summed over their tokens.
+    `label` (B,) bool: thumbs up. `beta` as in TRL. `training`: False in evaluation, which must not move any state.
+    `scratch` is the method's own, for what `label_loss` leaves for `observe_labels`.
+
+    Services: `gather(values)` joins (n,) values of all processes and tells which slice is this process's;
+    `embed_prompts(rows, encoder)`: (n,) indices of rows -> (n, E), the mean of the last hidden states over each prompt
+    under the reference (declare `REFERENCE`), or under the sentence encoder in the folder or repository `encoder`.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor
+    label: Tensor
+    beta: float
+    step: int
+    training: bool
+    metrics: Metrics
+    gather: Callable[[Tensor], tuple[Tensor, slice]]
+    embed_prompts: Callable[[Tensor, str | None], Tensor]
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+    def for_method(self, name: str) -> LabelInput:
+        """The same data; metrics get the method's name as prefix."""
+        scratch = self.scratch.setdefault(name, {})
+        return dataclasses.replace(self, metrics=self.metrics.under(name), scratch=scratch)
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The training set of the KTO trainer before its first loss: `label` (N,) bool on the CPU, and the run's `seed`.
+
+    `embed_prompts(indices, encoder)`: (n,) rows of the set -> (n, E) on the CPU, the same on all processes, which share
+    the work; see `LabelInput`.
+    """
+
+    label: Tensor
+    seed: int
+    embed_prompts: Callable[[Tensor, str | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -507,7 +560,9 @@ class Method:
     paper: ClassVar[str]
     """arXiv id."""
     trainer: ClassVar[str] = "grpo"
-    """Which trainer runs it: "grpo" or "dpo"."""
+    """Which trainer runs it: "grpo", "dpo" or "kto"."""
+    also_in: ClassVar[tuple[str, ...]] = ()
+    """Other trainers that run it too, each through the hooks of its own kind of data."""
     owns: ClassVar[tuple[str, ...]] = ()
     """Exclusive slots ("teacher", "surrogate", "baseline", ...); two owners of one slot are refused."""
     conflicts: ClassVar[Mapping[str, str]] = {}
@@ -657,6 +712,10 @@ class Method:
 
     # Preference pairs (DPO)
 
+    def pair_columns(self) -> tuple[str, ...]:
+        """Names of the data set's columns, one number for each pair, that `PairInput.columns` must hold."""
+        return ()
+
     def pair_loss(self, x: PairInput) -> Tensor | None:
         """(B,) loss per pair under the method's own name in `loss_type`; weighted by `loss_weights` as TRL's are."""
         return None
@@ -667,6 +726,22 @@ class Method:
 
     def observe_pairs(self, x: PairInput) -> None:
         """End of the loss of a micro-batch of pairs: the place to change `state`."""
+
+    # Labelled completions (KTO)
+
+    def start_labels(self, data: LabelSet) -> None:
+        """Once before the first loss, after a checkpoint was read: the place to fit something to the training set.
+
+        May change `state`; what a checkpoint brought back should stay.
+        """
+
+    def label_loss(self, x: LabelInput) -> Tensor | None:
+        """(B,) loss per completion that replaces TRL's when `loss_type` names the method; TRL's weights of the two
+        classes multiply it. Called in evaluation too."""
+        return None
+
+    def observe_labels(self, x: LabelInput) -> None:
+        """End of the loss of a micro-batch of labelled completions: the place to change `state`."""
 
 
 def overrides(method: Method, hook: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 from trl_ext.method import NEEDS, Method, Setup, overrides
 
 STAGES = {
+    "before training": ("start_labels",),
     "prompts": ("choose_prompts", "edit_prompts"),
     "second attempts": ("revise",),
     "rewards": ("shape_rewards",),
@@ -35,7 +36,8 @@ STAGES = {
     "surrogate": ("surrogate",),
     "added loss": ("distill_weights", "aux_loss", "pair_aux_loss"),
     "pair loss": ("pair_loss",),
-    "after the loss": ("observe_loss", "observe_pairs"),
+    "label loss": ("label_loss",),
+    "after the loss": ("observe_loss", "observe_pairs", "observe_labels"),
     "KL coefficient": ("kl_coef",),
     "learning rate": ("observe_gradients", "learning_rate"),
 }
@@ -147,8 +149,9 @@ def make_plan(spec: Any, trainer: str = "grpo", setup: Setup | None = None) -> P
         cls = METHODS.get(name)
         if cls is None:
             problems.append(f"unknown method '{name}'{did_you_mean(name, METHODS)}; `trl-ext methods` lists them all")
-        elif cls.trainer != trainer:
-            problems.append(f"{name}: runs in the {cls.trainer} trainer, this is {trainer} (recipe key `trainer`)")
+        elif trainer not in (cls.trainer, *cls.also_in):
+            own = " or ".join((cls.trainer, *cls.also_in))
+            problems.append(f"{name}: runs in the {own} trainer, this is {trainer} (recipe key `trainer`)")
         else:
             found = cast_settings(cls, settings)
             problems += [f"{name}: {message}" for message in found.problems]
@@ -180,6 +183,14 @@ def _clashes(methods: list[Method]) -> list[str]:
             reason = first.conflicts.get(second.name) or second.conflicts.get(first.name)
             if reason:
                 problems.append(f"{first.name} and {second.name} do not go together: {reason}")
+    for i, anew in enumerate(methods):
+        if "baseline" in anew.owns and overrides(anew, "group_advantages"):
+            problems += [
+                f"{anew.name} makes the advantages anew from the rewards, so what {before.name} makes of them would be "
+                f"lost; name {anew.name} before {before.name}"
+                for before in methods[:i]
+                if overrides(before, "group_advantages")
+            ]
     for first in (m for m in methods if overrides(m, "coupled")):
         for second in (m for m in methods if overrides(m, "keep_rows")):
             problems.append(

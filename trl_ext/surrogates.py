@@ -1,8 +1,6 @@
-"""What methods with a policy term of their own share: their flags, and the place of an optimizer step in its rollout.
+"""What methods with a policy term of their own share: log-ratios, and the place of an optimizer step in its rollout.
 
-A replaced policy term is zero advantages in TRL's own loss, so every flag that shapes TRL's term would do nothing. Such
-a flag is refused rather than ignored. `rollouts` are counted by optimizer steps: where several rollouts make one step
-they have one set of weights and count as one.
+Rollouts are counted by optimizer steps: where several make one step they have one set of weights and count as one.
 """
 
 from __future__ import annotations
@@ -12,41 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trl_ext.method import LossInput, RunShape, Setup, overrides
+from trl_ext.method import LossInput, RunShape
 
-UNUSED: dict[str, Any] = {
-    "epsilon": 0.2,
-    "epsilon_high": None,
-    "delta": None,
-    "importance_sampling_level": "token",
-    "off_policy_mask_threshold": None,
-    "top_entropy_quantile": 1.0,
-}
-"""Flags of TRL's policy term that have no effect on another one -> the defaults at which they must stay."""
-SAME_MEAN = {"cispo": "dapo", "vespo": "dapo", "sapo": "grpo"}
-"""Loss types that are a policy term of their own -> the one with the same denominators."""
 _ALMOST = 1e-9  # steps per rollout may be a fraction such as 4/3
-
-
-def unused_flags(args: Any) -> list[str]:
-    """Messages for every flag of TRL's policy term that is not at its default, vLLM's correction among them."""
-    problems = [
-        f"{name}: {getattr(args, name)} shapes TRL's policy term, which is replaced; leave it at {default}"
-        for name, default in UNUSED.items()
-        if getattr(args, name, default) != default
-    ]
-    loss_type = getattr(args, "loss_type", None)
-    if loss_type in SAME_MEAN:
-        problems.append(
-            f"loss_type {loss_type} is a policy term of its own, which is replaced; set loss_type: "
-            f"{SAME_MEAN[loss_type]}, which has the same denominators"
-        )
-    if getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False):
-        problems.append(
-            "TRL's vLLM correction does not reach a replaced policy term; set vllm_importance_sampling_correction: "
-            "false (the old log-probs are then still the training model's)"
-        )
-    return problems
 
 
 def inner_steps(args: Any) -> float | None:
@@ -64,16 +30,19 @@ def one_step_note(args: Any, what: str) -> str | None:
     return f"one optimizer step per rollout, so {what} is 0 and has no gradient; set num_iterations: 2 or more"
 
 
-def others_that(setup: Setup, name: str, *hooks: str, before: bool = False) -> list[str]:
-    """Other methods of the plan that change any of `hooks`; with `before` only those applied before `name`."""
-    names = list(setup.methods)
-    last = names.index(name) if before else len(names)
-    return [m.name for m in setup.built[:last] if m.name != name and any(overrides(m, hook) for hook in hooks)]
-
-
 def log_ratio(x: LossInput) -> Tensor:
     """d (B, T) = log pi_theta - log pi_old with the gradient of log pi_theta; 0 where TRL keeps no old log-probs."""
     return x.logps - (x.logps.detach() if x.old_logps is None else x.old_logps)
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) -> (B,): mean over the row's loss tokens, 0 where there are none."""
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def two_pass(values: Tensor, slopes: Tensor, scores: Tensor) -> Tensor:
+    """(B,) each -> scalar: the mean of `values`, with the gradient of the mean of `slopes` * `scores`."""
+    return (values + slopes * (scores - scores.detach())).mean()
 
 
 def rollout_index(step: int, run: RunShape) -> int:

@@ -507,12 +507,18 @@ class Baseline(Method):
 
 
 @pytest.mark.parametrize("order", [("capo", "baseline"), ("baseline", "capo")], ids="+".join)
-def test_rein_capo_is_alone_with_the_groups_advantages(monkeypatch, order):
+def test_rein_capo_comes_before_others_that_change_advantages(monkeypatch, order):
+    """Its advantage is the reward itself, so what was done before it would be lost."""
     monkeypatch.setitem(METHODS, "baseline", Baseline)
-    setup = Setup(None, methods=order, built=[METHODS[name]() for name in order])
-    (problem,) = Capo(preset="rein_capo").check(setup)
-    assert "baseline" in problem and "set preset: capo" in problem
-    assert Capo().check(setup) == []
+    assert len(make_plan({name: {} for name in order}).methods) == 2
+    rein = {name: {"preset": "rein_capo"} if name == "capo" else {} for name in order}
+    if order[0] == "capo":
+        assert len(make_plan(rein).methods) == 2
+    else:
+        with pytest.raises(PlanError, match="name capo before baseline"):
+            make_plan(rein)
+    with pytest.raises(PlanError, match="both replace the baseline"):
+        make_plan({"capo": {"preset": "rein_capo"}, "riskpo": {}})
 
 
 def test_thresholds_of_the_presets():

@@ -291,8 +291,8 @@ def test_no_multiplier_is_trl_with_images(tmp_path):
         ({"constraints": {"short_words": "high"}}, {}, "short_words has no number"),
         ({"always": ["other"]}, {}, "other is no constraint"),
         ({"initial": 6.0}, {}, "initial 6.0 is above largest"),
-        ({"mode": "additive"}, {}, "eta, minimum concerns lambda"),
-        ({"format": "accurate"}, {}, "format is for the coupled modes"),
+        ({"mode": "additive"}, {}, "eta has no effect without mode: constrained"),
+        ({"format": "accurate"}, {}, "format has no effect without mode: additive"),
         ({}, {"scale_rewards": "none"}, "set scale_rewards: group"),
         ({}, {"multi_objective_aggregation": "normalize_then_sum"}, "set multi_objective_aggregation: sum_then"),
         ({"constraints": {"other": 0.9}}, {}, "'other' is not a reward of this run"),
@@ -318,7 +318,7 @@ def spoke(completions, **kwargs):
 def test_other_owners_of_the_advantage_are_refused(tmp_path):
     args = grpo_args(str(tmp_path))
     for other, words in (
-        ({"capo": {"preset": "rein_capo"}}, "rein_capo replaces the advantages too"),
+        ({"capo": {"preset": "rein_capo"}}, "capo and fgrpo both replace the baseline"),
         ({"paced": {"use": "advantages"}}, "name fgrpo before paced"),
     ):
         with pytest.raises(PlanError, match=words):

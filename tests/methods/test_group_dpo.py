@@ -13,7 +13,7 @@ import trl_ext
 from tests.methods.spy import spied
 from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, tiny_tokenizer, weights
-from trl_ext.method import Metrics, RunShape, StepRows
+from trl_ext.method import Metrics, RunShape, StepRows, overrides
 from trl_ext.methods.grpo.group_dpo import GroupDpo, group_losses, unit_range
 from trl_ext.plan import PlanError
 from trl_ext.recipe import load_recipe
@@ -90,7 +90,7 @@ def test_unit_range():
     rewards = torch.tensor([[[2.0, 5.0], [4.0, 5.0], [3.0, nan]], [[nan, 0.0], [nan, -1.0], [nan, 3.0]]])
     expected = torch.tensor([[[0, 0.0], [1, 0], [0.5, nan]], [[nan, 0.25], [nan, 0], [nan, 1]]])
     torch.testing.assert_close(unit_range(rewards), expected, equal_nan=True)
-    assert GroupDpo().shape_rewards(rewards, None) is rewards
+    assert not overrides(GroupDpo(), "shape_rewards") and overrides(GroupDpo(min_max=True), "shape_rewards")
 
 
 # Rows and metrics, by hand: two groups, the second with equal rewards
@@ -111,8 +111,15 @@ def rollout(old, metrics=None):
     )
 
 
+def observed(method):
+    """`method` after the rollout was scored."""
+    method.observe(SimpleNamespace(total=torch.cat([R, torch.zeros(1, 4)])))
+    return method
+
+
 def step_rows(method):
     given = rollout(True)
+    observed(method)
     streams = method.streams(rollout(False))
     return StepRows(
         mask=given.mask,
@@ -130,9 +137,10 @@ def step_rows(method):
 
 def test_frozen_and_exact_rows_are_the_same_here_and_their_metrics_right():
     metrics = Metrics()
-    frozen = GroupDpo().streams(rollout(True, metrics))
-    rows = step_rows(GroupDpo())
-    exact = GroupDpo().coupled(rows)
+    frozen = observed(GroupDpo()).streams(rollout(True, metrics))
+    method = GroupDpo()
+    rows = step_rows(method)
+    exact = method.coupled(rows)
     weight = (0.463324 + 0.5) / 2  # 1 - sigmoid(0.146969)
     for found, store in ((frozen, metrics), (exact, rows.metrics)):
         assert found["value"].tolist() == pytest.approx([0.622360] * 4 + [0.693147] * 4, abs=1e-6)
@@ -143,14 +151,16 @@ def test_frozen_and_exact_rows_are_the_same_here_and_their_metrics_right():
 
 def test_dropping_equal_groups_keeps_the_scale_of_the_others():
     """One of two groups counts: the mean over rows is its loss, and its gradient twice that of keeping both."""
-    found = GroupDpo(equal_rewards="drop").coupled(step_rows(GroupDpo(equal_rewards="drop")))
+    method = GroupDpo(equal_rewards="drop")
+    found = method.coupled(step_rows(method))
     assert found["value"].mean().item() == pytest.approx(0.622360, abs=1e-6)
     assert found["slope"].tolist() == pytest.approx([-0.453961, 0.453961] + [0] * 6, abs=1e-5)
 
 
 def test_mean_over_the_group():
     """u / 4: slopes -(1 - sigmoid(0.036742)) 0.025 A."""
-    found = GroupDpo(over_group="mean").coupled(step_rows(GroupDpo()))
+    method = GroupDpo(over_group="mean")
+    found = method.coupled(step_rows(method))
     slope = 4 * 0.025 * 1.224745 / (1 + math.exp(0.036742))
     assert found["slope"].tolist() == pytest.approx([-slope, slope] + [0] * 6, abs=1e-6)
     assert found["value"][0].item() == pytest.approx(math.log(1 + math.exp(-0.036742)), abs=1e-6)

@@ -327,6 +327,8 @@ def test_learning_rate_of_one_step(tmp_path):
     assert 0.1 <= rho < 1
     assert entry["oblr_po/snr"] == pytest.approx(entry["oblr_po/signal"] / entry["oblr_po/noise"], rel=1e-4)
     assert entry["learning_rate"] == runs[False].state.log_history[0]["learning_rate"]
+    assert entry["learning_rate_used"] == pytest.approx(rho * entry["learning_rate"], rel=1e-6)
+    assert "learning_rate_used" not in runs[False].state.log_history[0]
     for name, value in weights(runs[False]).items():
         torch.testing.assert_close(
             weights(runs[True])[name] - start[name], rho * (value - start[name]), rtol=1e-3, atol=1e-6

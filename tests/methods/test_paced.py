@@ -340,12 +340,18 @@ def test_resume_inside_a_window_equals_not_stopping(tmp_path):
     "methods, words",
     [
         ({"paced": {}}, "add it, or set use: advantages"),
-        ({"paced": {"use": "advantages", "floor": 0.1}}, "only for use: sampler"),
+        ({"paced": {"use": "advantages", "floor": 0.1}}, "floor has no effect without use: sampler"),
         ({"paced": {"use": "sampler", "normalize": "none"}}, "leave it out"),
-        ({"paced": {"use": "sampler", "column": "rate", "memory": 0.5}}, "static ones"),
-        ({"paced": {"use": "advantages", "column": "rate", "smoothing": 1}}, "static ones"),
+        (
+            {"paced": {"use": "sampler", "column": "rate", "memory": 0.5}},
+            "memory has no effect without live pass rates",
+        ),
+        (
+            {"paced": {"use": "advantages", "column": "rate", "smoothing": 1}},
+            "smoothing has no effect without live pass rates",
+        ),
         ({"paced": {"use": "advantages"}, "oblr_po": {}}, "name oblr_po before paced"),
-        ({"paced": {"use": "advantages"}, "capo": {}}, "name capo before paced"),
+        ({"paced": {"use": "advantages"}, "capo": {"preset": "rein_capo"}}, "name capo before paced"),
         ({"real": {}, "paced": {"use": "advantages"}}, "set use: sampler"),
         ({"riskpo": {}, "paced": {"use": "advantages"}}, "riskpo bundles questions of different pass rates"),
         ({"fg_expo": {}, "paced": {"use": "sampler"}}, "both replace the sampler"),

@@ -17,7 +17,8 @@ from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext import controllers, critic, ops
 from trl_ext.method import HIDDEN, REF_LOGPS, Group, Metrics, RunShape
-from trl_ext.methods.grpo.safe import PARTS, Safe
+from trl_ext.methods.grpo.safe import ASYMMETRIC, ENTROPY_AWARE, Safe
+from trl_ext.methods.grpo.safe import CRITIC as CRITIC_ONLY
 from trl_ext.plan import PlanError, make_plan
 from trl_ext.recipe import load_recipe
 
@@ -303,7 +304,8 @@ CRITIC = {"critic": True, "critic_lr": 0.05, "critic_gradient": "policy"}
 def fitting(settings):
     """Those that the chosen controller and critic read, and what the critic asks of TRL."""
     on = {settings.get("controller", "entropy_aware")} | ({"critic"} if settings.get("critic") else set())
-    off = {name for part, names in PARTS.items() if part not in on for name in names}
+    parts = {"entropy_aware": ENTROPY_AWARE, "asymmetric": ASYMMETRIC, "critic": CRITIC_ONLY}
+    off = {name for part, names in parts.items() if part not in on for name in names}
     kwargs = {"scale_rewards": "none"} if "critic" in on else {}
     return {name: value for name, value in settings.items() if name not in off}, kwargs
 
@@ -490,9 +492,9 @@ def test_critic_comes_before_methods_that_change_advantages(tmp_path):
         ({"safe": {"critic": True}, "real": {}}, "real has no use for the critic's advantages"),
         ({"safe": {"critic": True}, "group_dpo": {}}, "group_dpo has no use for the critic's advantages"),
         ({"safe": {"critic": True}}, "scale_rewards group has no effect"),
-        ({"safe": {"critic_lr": 0.1}}, "critic_lr belongs to critic"),
-        ({"safe": {"momentum_strength": 1.0}}, "momentum_strength belongs to asymmetric"),
-        ({"safe": {"controller": "asymmetric", "kp": 1.0}}, "kp belongs to entropy_aware"),
+        ({"safe": {"critic_lr": 0.1}}, "critic_lr has no effect without critic: true"),
+        ({"safe": {"momentum_strength": 1.0}}, "momentum_strength has no effect without controller: asymmetric"),
+        ({"safe": {"controller": "asymmetric", "kp": 1.0}}, "kp has no effect without controller: entropy_aware"),
     ],
 )
 def test_settings_that_nothing_would_read(tmp_path, methods, words):

@@ -88,8 +88,12 @@ def test_draws_follow_the_probabilities():
 def test_too_few_rows_with_a_weight():
     table = PassRates(3, factor=0.0, weight=lambda p: p * (1 - p))
     table.update(torch.tensor([0]), torch.tensor([1.0]))
+    assert table.positive == 2
     with pytest.raises(ValueError, match="only 2 have a positive weight"):
         table.draw(3, 0, 0)
+    table = PassRates(3, factor=0.5, weight=lambda p: p * (1 - p))
+    table.update(torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.0, 0.0]))  # halfway from 0.5: none at an end
+    assert table.positive == 3
 
 
 def test_all_weights_zero_have_no_effective_number():
@@ -107,6 +111,7 @@ def test_a_loaded_table_goes_on_as_if_it_had_not_stopped():
     assert played(resumed, 7, first=5) == drawn[5:]
     assert torch.equal(resumed.rates, whole.rates) and torch.equal(resumed.visits, whole.visits)
     assert (resumed.visited, resumed.histogram, resumed.effective) == (whole.visited, whole.histogram, whole.effective)
+    assert resumed.positive == whole.positive == int((whole.weights > 0).sum())
 
 
 def test_a_table_of_another_training_set_is_refused():

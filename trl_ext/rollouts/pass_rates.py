@@ -47,6 +47,8 @@ class PassRates:
         self._counts = np.bincount(_bins(rates.numpy()), minlength=BINS)
         self.visited = int((visits > 0).sum())
         """How many rows were visited at least once."""
+        self.positive = int((weights > 0).sum())
+        """How many rows can be drawn: those whose weight is not 0."""
 
     def __len__(self) -> int:
         return len(self._tree)
@@ -57,11 +59,13 @@ class PassRates:
         found = np.bincount(place, rates.double().cpu().numpy()) / times
         table, visits = self.rates.numpy(), self.visits.numpy()  # views: the tensors change with them
         np.subtract.at(self._counts, _bins(table[index]), 1)
+        self.positive -= int((self.weight(table[index]) > 0).sum())
         table[index] = self.factor * table[index] + (1 - self.factor) * found
         np.add.at(self._counts, _bins(table[index]), 1)
         self.visited += int((visits[index] == 0).sum())
         visits[index] += times
         weights = self.weight(table[index])
+        self.positive += int((weights > 0).sum())
         self._tree.set(index, weights)
         self._squares.set(index, weights**2)
 

@@ -37,7 +37,6 @@ from torch import Tensor
 from trl_ext import ops
 from trl_ext.forward import LOGITS_BUDGET, Head, positions_at_once
 from trl_ext.method import HIDDEN, Group, LossInput, Method, Setup, param
-from trl_ext.surrogates import others_that
 
 PRESETS = {"capo": (1e-4, 1e-2), "dr_capo": (1e-3, 5e-4), "rein_capo": (1e-5, 1e-1)}
 """Variant -> (tau_F, tau_H). Card: README and recipe names of the official code."""
@@ -238,6 +237,10 @@ class Capo(Method):
         50, "K, logits in a token's model, at most V", source="card: decision, 50 where the sampler has no top-k", ge=1
     )
 
+    def __post_init__(self) -> None:
+        if self.preset == "rein_capo":  # its advantage is the reward itself
+            object.__setattr__(self, "owns", ("baseline",))
+
     # What it declares
 
     @property
@@ -267,7 +270,7 @@ class Capo(Method):
         return f"top {self.top_k} logits of each token and their gradients, in blocks{moments}; no extra forward"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = self._other_advantages(setup)
+        problems: list[str] = []
         if not self._on and self.preset != "rein_capo":
             return problems
         loss_type = getattr(setup.args, "loss_type", "grpo")
@@ -284,15 +287,6 @@ class Capo(Method):
     @property
     def idle(self) -> frozenset[str]:
         return frozenset() if self.preset == "rein_capo" else frozenset({"group_advantages"})
-
-    def _other_advantages(self, setup: Setup) -> list[str]:
-        """rein_capo's advantage is the reward itself: it and another method's would undo each other."""
-        if self.preset != "rein_capo":
-            return []
-        return [
-            f"preset rein_capo and {name} both replace the group's advantages; set preset: capo, or name only one of them"
-            for name in others_that(setup, self.name, "group_advantages")
-        ]
 
     def _variant_problems(self, args: Any, loss_type: str) -> list[str]:
         if args is None or self.preset == "capo":

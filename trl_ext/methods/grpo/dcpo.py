@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named
 from trl_ext.forward import Features, per_position_detached
 from trl_ext.method import ENTROPY_AT_ROLLOUT, HIDDEN, Group, LossInput, Method, Rollout, Setup, param
 
@@ -105,7 +106,7 @@ class Dcpo(Method):
         return f"one more projection of positive completions, without gradient (all, if rollouts serve several steps){first}"
 
     def check(self, setup: Setup) -> list[str]:
-        problems, args, names = [], setup.args, setup.reward_names
+        problems, args = [], setup.args
         if getattr(args, "use_adaptive_entropy", False) or getattr(args, "entropy_coef", 0.0) != 0:
             problems.append(
                 "TRL's entropy bonus steers the entropy too; leave entropy_coef at 0 and use_adaptive_entropy off"
@@ -114,11 +115,7 @@ class Dcpo(Method):
             problems.append("its advantages differ by token; set importance_sampling_level: token")
         if getattr(args, "loss_type", "grpo") == "vespo":
             problems.append("loss_type vespo weighs whole sequences; set loss_type: dapo or grpo")
-        if names is not None and self.verifier is None and len(names) > 1:
-            problems.append(f"several rewards ({', '.join(names)}); name the one that is the score: verifier")
-        if names is not None and self.verifier is not None and self.verifier not in names:
-            problems.append(f"verifier '{self.verifier}' is not a reward of this run ({', '.join(names)})")
-        return problems
+        return problems + reward_named(setup, self.verifier, "verifier", "is the score")
 
     # Rollout: temperature and mixing weight of the step
 

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named
 from trl_ext.method import Attempt, Method, Revision, Setup, param
 from trl_ext.rollouts.refill import Refill, has_signal, refill
 
@@ -91,9 +92,7 @@ class DynamicSampling(Method):
             )
         if self.low is not None and self.high is not None and self.low > self.high:
             problems.append(f"low {self.low} is above high {self.high}, so no group is kept; swap them")
-        if setup.reward_names is not None and self.reward is not None and self.reward not in setup.reward_names:
-            problems.append(f"reward '{self.reward}' is not a reward of this run ({', '.join(setup.reward_names)})")
-        return problems
+        return problems + reward_named(setup, self.reward, "reward")
 
     # Rollout. state: "draws", how often fresh prompts were asked for in this run
 

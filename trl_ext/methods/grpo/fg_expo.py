@@ -27,12 +27,10 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from trl_ext.checks import reward_named, unread
 from trl_ext.method import Draw, Group, LossInput, Method, Setup, param
 from trl_ext.rollouts.draws import Floats
 from trl_ext.rollouts.pass_rates import BINS, PassRates, table_in
-
-PARTS = {"akl": ("rho",), "gcs": ("center", "sigma", "factor", "initial")}
-"""Switch -> the settings that belong to it."""
 
 
 def kl_scale(accuracy: float, form: str = "tanh") -> float:
@@ -128,7 +126,9 @@ class FgExpo(Method):
         return f"no extra forward beside TRL's for beta{table}" if self.akl else f"no extra forward{table}"
 
     def check(self, setup: Setup) -> list[str]:
-        problems, args = self._unread(), setup.args
+        gcs = ("center", "sigma", "factor", "initial")
+        problems = unread(self, {"akl: true": (self.akl, ("rho",)), "gcs: true": (self.gcs, gcs)})
+        args = setup.args
         if self.akl and getattr(args, "beta", 1.0) == 0:
             problems.append("akl scales the reference KL, and beta: 0 has none; set beta (paper: 0.02), or akl: false")
         if self.gcs and not getattr(args, "shuffle_dataset", True):
@@ -139,28 +139,8 @@ class FgExpo(Method):
             problems.append(
                 f"with sigma {self.sigma} some pass rates are never drawn again; set sigma to 0.05 or more"
             )
-        return problems + (self._reward_problems(setup) if self.akl or self.gcs else [])
-
-    def _unread(self) -> list[str]:
-        return [
-            f"{name} has no effect without {part}; leave it out, or set {part}: true"
-            for part, names in PARTS.items()
-            for name in names
-            if not getattr(self, part) and getattr(self, name) != getattr(FgExpo, name)
-        ]
-
-    def _reward_problems(self, setup: Setup) -> list[str]:
-        names = setup.reward_names
-        if names is None:
-            return []
-        if self.accuracy is not None and self.accuracy not in names:
-            return [f"accuracy '{self.accuracy}' is not a reward of this run ({', '.join(names)})"]
-        if self.accuracy is None and self.threshold is None and len(names) > 1:
-            return [
-                f"several rewards ({', '.join(names)}); name the one that says right or wrong: accuracy, or set the sum "
-                "from which an answer counts as right: threshold"
-            ]
-        return []
+        summed = None if self.threshold is not None else "says right or wrong (or set the threshold of their sum)"
+        return problems + (reward_named(setup, self.accuracy, "accuracy", summed) if self.akl or self.gcs else [])
 
     # Prompts. state: "rates" (n,), "visits" (n,) of the training set; "draws" how many rollouts were drawn; "acc"
 

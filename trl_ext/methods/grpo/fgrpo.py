@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
+from trl_ext.checks import unread
 from trl_ext.method import Group, Method, Setup, param
-from trl_ext.methods.grpo.riskpo import unscored
 
 EPS = 1e-4
 """TRL's, in every normalisation."""
@@ -125,13 +125,14 @@ class Fgrpo(Method):
         problems = self._wrong_settings()
         if setup.reward_names is not None:
             problems += self._wrong_rewards(list(setup.reward_names), getattr(setup.args, "reward_weights", None))
-        return problems + other_normalisations(setup.args) + other_advantages(setup, self.name)
+        return problems + other_normalisations(setup.args)
 
     def _wrong_settings(self) -> list[str]:
-        alone = [
-            n for n in ("initial", "eta", "largest", "minimum", "masked") if getattr(self, n) != getattr(Fgrpo, n)
-        ]
         coupled = self.mode != "constrained"
+        parts = {
+            "mode: constrained": (not coupled, ("initial", "eta", "largest", "minimum", "masked", "whiten")),
+            "mode: additive or multiplicative": (coupled, ("format",)),
+        }
         stray = [name for name in self.always if name not in self.constraints]
         not_numbers = [
             n for n, tau in self.constraints.items() if isinstance(tau, bool) or not isinstance(tau, (int, float))
@@ -143,14 +144,11 @@ class Fgrpo(Method):
             f"constraints: {', '.join(not_numbers)} has no number as its tau": bool(not_numbers),
             f"always: {', '.join(stray)} is no constraint; add it to constraints, or drop it here": bool(stray),
             f"initial {self.initial} is above largest {self.largest}": self.initial > self.largest,
-            f"{', '.join(alone)} concerns lambda, which mode: {self.mode} has not; leave it out": coupled
-            and bool(alone),
-            "format is for the coupled modes; leave it out": self.format is not None and not coupled,
             f"mode: {self.mode} multiplies constraints under always with the format's reward; name it: format": (
                 coupled and bool(self.always) and self.format is None
             ),
         }
-        return [message for message, found in wrong.items() if found]
+        return [message for message, found in wrong.items() if found] + unread(self, parts)
 
     def _wrong_rewards(self, names: list[str], weights: Any) -> list[str]:
         weights = dict(zip(names, weights or [1.0] * len(names), strict=False))
@@ -197,7 +195,7 @@ class Fgrpo(Method):
     # Advantages
 
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
-        lost = unscored(group)
+        lost = group.unscored
         if self.mode != "constrained":
             found = group_normalised(self._coupled(group).masked_fill(lost, torch.nan))
         else:
@@ -267,15 +265,4 @@ def other_normalisations(args: Any) -> list[str]:
             f"multi_objective_aggregation {aggregation} has no effect, since the advantages are replaced; set "
             "multi_objective_aggregation: sum_then_normalize"
         )
-    return problems
-
-
-def other_advantages(setup: Setup, name: str) -> list[str]:
-    """Methods that replace or weigh advantages with some of their settings, where `name` would undo that."""
-    settings, order = getattr(setup.args, "methods", None) or {}, list(setup.methods)
-    problems = []
-    if settings.get("capo", {}).get("preset") == "rein_capo":
-        problems.append("capo's preset rein_capo replaces the advantages too; choose another preset, or name only one")
-    if settings.get("paced", {}).get("use") == "advantages" and order.index("paced") < order.index(name):
-        problems.append(f"paced's weights would be lost: name {name} before paced, or set use: sampler there")
     return problems

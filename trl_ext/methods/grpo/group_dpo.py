@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from trl_ext.checks import unused_flags
 from trl_ext.method import REF_LOGPS, Group, LossInput, Method, Metrics, Rollout, Setup, StepRows, param
-from trl_ext.methods.grpo.real import token_level, token_mean, two_pass
-from trl_ext.surrogates import unused_flags
+from trl_ext.methods.grpo.real import token_level
+from trl_ext.surrogates import token_mean, two_pass
 
 
 def group_losses(log_ratios: Tensor, advantages: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:

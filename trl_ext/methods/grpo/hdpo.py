@@ -37,9 +37,8 @@ import torch
 from torch import Tensor
 
 from trl_ext import ops
+from trl_ext.checks import others_that, reward_named, unread
 from trl_ext.method import Group, LossInput, Method, Rollout, Setup, param
-from trl_ext.methods.grpo.fgrpo import other_advantages
-from trl_ext.methods.grpo.otc import missing_reward
 from trl_ext.surrogates import log_ratio
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -143,13 +142,12 @@ class Hdpo(Method):
         return "no extra forward: a few products for each token"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = missing_reward(setup.reward_names, self.answer, "answer")
-        paced = (getattr(setup.args, "methods", None) or {}).get("paced") or {}
-        if "paced" in setup.methods and paced.get("use") == "advantages":
-            problems.append(
-                "paced with use: advantages would weigh the accuracy channel alone; set use: sampler there"
-            )
-        problems += other_advantages(setup, self.name)
+        problems = reward_named(setup, self.answer, "answer", "tells right from wrong")
+        problems += unread(self, {"loss: two": (self.loss == "two", ("clip_low", "clip_high"))})
+        problems += [
+            f"{other} would change the accuracy channel's advantages alone; name one, or let it not act on advantages"
+            for other in others_that(setup, self.name, "group_advantages")
+        ]
         return problems + (self._other_clips(setup.args) if self.loss == "two" and self.w_tool > 0 else [])
 
     def _other_clips(self, args: Any) -> list[str]:

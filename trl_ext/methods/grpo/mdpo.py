@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trl_ext.checks import others_that, unread, unused_flags
 from trl_ext.forward import per_position
 from trl_ext.method import HIDDEN, TEACHER, Group, LossInput, Method, RunShape, Setup, param
 from trl_ext.surrogates import (
@@ -37,13 +38,9 @@ from trl_ext.surrogates import (
     last_of_rollout,
     log_ratio,
     one_step_note,
-    others_that,
     rollout_count,
     rollout_index,
-    unused_flags,
 )
-
-TOKEN_ONLY, SEQUENCE_ONLY = ("t", "schedule", "t_min", "kl"), ("tau", "pmd")
 
 
 def step_size(k: int, total: int, t: float, schedule: str = "constant", t_min: float = 0.0) -> float:
@@ -162,7 +159,13 @@ class Mdpo(Method):
         return "no extra forward; num_iterations passes over each rollout, which the method is for"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = [*unused_flags(setup.args), *self._other_forms_settings()]
+        parts = {
+            "form: token": (self.form == "token", ("t", "schedule", "t_min", "kl")),
+            "form: sequence": (self.form == "sequence", ("tau", "pmd")),
+            "schedule: linear": (self.schedule == "linear" or self.form != "token", ("t_min",)),
+            "a finite t": (not math.isinf(self.t), ("kl", "schedule")),
+        }
+        problems = unused_flags(setup.args) + unread(self, parts)
         if self.form == "sequence":
             return problems + self._check_sequence(setup)
         if self.schedule == "linear" and self.t_min > self.t:
@@ -179,22 +182,6 @@ class Mdpo(Method):
             warnings.warn(f"mdpo: {note}. This run is the unclipped policy gradient", stacklevel=2)
         return problems
 
-    def _other_forms_settings(self) -> list[str]:
-        """A setting that the other form alone reads and that is not at its default would be ignored."""
-        unread = SEQUENCE_ONLY if self.form == "token" else TOKEN_ONLY
-        of_the_kl = {
-            "t_min: belongs to schedule linear; leave it out": self.schedule == "constant"
-            and self.t_min != Mdpo.t_min,
-            "kl, schedule: with t inf there is no KL; leave them out": math.isinf(self.t)
-            and (self.kl, self.schedule) != (Mdpo.kl, Mdpo.schedule),
-        }
-        return [message for message, wrong in of_the_kl.items() if wrong] + [
-            f"{f.name}: only the {'sequence' if self.form == 'token' else 'token'} form reads it, this is form "
-            f"{self.form}; leave it out"
-            for f in fields(self)
-            if f.name in unread and getattr(self, f.name) != f.default
-        ]
-
     def _check_sequence(self, setup: Setup) -> list[str]:
         args, problems = setup.args, []
         if getattr(args, "loss_type", "grpo") != "grpo":
@@ -205,10 +192,6 @@ class Mdpo(Method):
             )
         if getattr(args, "multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
             problems.append("the sequence form sums the rewards; set multi_objective_aggregation: sum_then_normalize")
-        problems += [
-            f"the sequence form replaces what {other} makes of the advantages; name mdpo before {other}"
-            for other in others_that(setup, self.name, "group_advantages", before=True)
-        ]
         problems += [
             f"{other} weighs single tokens, the sequence form has one advantage per completion; set form: token"
             for other in others_that(setup, self.name, "token_advantages", "token_weights")

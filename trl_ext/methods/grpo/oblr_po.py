@@ -36,13 +36,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext.checks import replaced_advantages, unread
 from trl_ext.forward import Features, per_position_detached
 from trl_ext.method import GRADIENT_NOISE, POLICY, GradientNoise, Group, Method, Rollout, Setup, param
-from trl_ext.methods.grpo.riskpo import replaced_advantages, unscored
 
 EPS = 1e-8
-PARTS = {"baseline": ("weight", "leave_one_out"), "adapt_lr": ("snr_ema", "rho_min")}
-"""Switch -> the settings that belong to it."""
 
 
 def squared_logit_gradient(log_p: Tensor, ids: Tensor) -> Tensor:
@@ -139,13 +137,11 @@ class OblrPo(Method):
                 "scheduler's; set gradient_accumulation_steps: 2 or more, or adapt_lr: false",
                 stacklevel=2,
             )
-        unread = [
-            f"{name} has no effect without {part}; leave it out, or set {part}: true"
-            for part, names in PARTS.items()
-            for name in names
-            if not getattr(self, part) and getattr(self, name) != getattr(OblrPo, name)
-        ]
-        return unread + (replaced_advantages(setup.args) if self.baseline else [])
+        parts = {
+            "baseline: true": (self.baseline, ("weight", "leave_one_out")),
+            "adapt_lr: true": (self.adapt_lr, ("snr_ema", "rho_min")),
+        }
+        return unread(self, parts) + (replaced_advantages(setup.args) if self.baseline else [])
 
     # Baseline
 
@@ -177,7 +173,7 @@ class OblrPo(Method):
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
         if not self.baseline:
             return advantages
-        rewards, skipped = group.total, unscored(group)
+        rewards, skipped = group.total, group.unscored
         weights = group.measured["W"].masked_fill(skipped, 0.0)
         baseline = optimal_baseline(rewards, weights, self.leave_one_out)
         group.metrics.mean("baseline_shift", (baseline - rewards.mean(1, keepdim=True)).abs())

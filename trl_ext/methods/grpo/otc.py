@@ -30,6 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named, unread
 from trl_ext.method import Group, Method, Rollout, Setup, param
 
 UNSOLVED = torch.iinfo(torch.long).max
@@ -129,10 +130,8 @@ class Otc(Method):
         return "no extra forward; two numbers for each question that was solved"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = list(missing_reward(setup.reward_names, self.correctness, "correctness"))
-        if self.form == "ppo" and self.group_only:
-            problems.append("group_only concerns n, which form: ppo has not; leave it out")
-        return problems
+        problems = reward_named(setup, self.correctness, "correctness", "tells right from wrong")
+        return problems + unread(self, {"form: grpo": (self.form == "grpo", ("group_only",))})
 
     # Rewards. state: "questions" (N,), "fewest" (N,), the memory
 
@@ -202,14 +201,3 @@ class Otc(Method):
             f"{fewest.numel()} questions were solved at least once, with {float(fewest.mean()):.2f} calls at best on "
             f"average; {float((fewest == 0).float().mean()):.0%} of them without a call"
         ]
-
-
-def missing_reward(names: Sequence[str] | None, wanted: str | None, setting: str) -> list[str]:
-    """What is wrong with a setting that names one of this run's rewards; without a name there must be only one."""
-    if names is None:
-        return []
-    if wanted is not None and wanted not in names:
-        return [f"{setting} '{wanted}' is not a reward of this run ({', '.join(names)})"]
-    if wanted is None and len(names) > 1:
-        return [f"several rewards ({', '.join(names)}); name the one that tells right from wrong: {setting}"]
-    return []

@@ -27,14 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named, unread
 from trl_ext.method import Draw, Group, LossInput, Method, Metrics, Rollout, Setup, param
 from trl_ext.rollouts.draws import Floats
 from trl_ext.rollouts.pass_rates import PassRates, table_in
 
 DISTILLS = ("trace",)
 """The methods that have a distillation term and multiply it by `x.distill_weights`."""
-MAKES_ADVANTAGES = ("capo", "oblr_po", "fgrpo")
-"""Those that may compute the advantages anew, from rewards alone."""
 BINS = 5
 """Equal bins of p in the metrics."""
 
@@ -179,32 +178,15 @@ class Paced(Method):
         }[self.use]
 
     def check(self, setup: Setup) -> list[str]:
-        return [*self._wrong_settings(), *self._wrong_rewards(setup), *self._wrong_company(setup)]
-
-    def _wrong_settings(self) -> list[str]:
-        sampling = self.use == "sampler"
-        alone = {"floor": 0.0, "memory": 0.0, "initial": 0.5}
-        set_for_nothing = [name for name, value in alone.items() if getattr(self, name) != value]
-        wrong = {
-            f"{', '.join(set_for_nothing)}: only for use: sampler; drop it, or set use: sampler": bool(set_for_nothing)
-            and not sampling,
-            "normalize has no effect on a sampler, which draws in proportion to w; leave it out": sampling
-            and self.normalize != "batch",
-            "memory, initial and smoothing concern live pass rates, and column has static ones; drop column, or them": (
-                self.column is not None and (self.memory, self.initial, self.smoothing) != (0.0, 0.5, 0.0)
-            ),
+        live = self.column is None
+        parts = {
+            "use: sampler": (self.use == "sampler", ("floor", "memory", "initial")),
+            "use: distill or advantages (a sampler draws in proportion to w)": (self.use != "sampler", ("normalize",)),
+            "live pass rates (drop column)": (live, ("memory", "initial", "smoothing", "verifier", "threshold")),
         }
-        return [message for message, found in wrong.items() if found]
-
-    def _wrong_rewards(self, setup: Setup) -> list[str]:
-        names = setup.reward_names
-        if names is None or self.column is not None:
-            return []
-        if self.verifier is None and len(names) > 1:
-            return [f"several rewards ({', '.join(names)}); name the one that tells right from wrong: verifier"]
-        if self.verifier is not None and self.verifier not in names:
-            return [f"verifier '{self.verifier}' is not a reward of this run ({', '.join(names)})"]
-        return []
+        wanted = "tells right from wrong" if live else None
+        named = reward_named(setup, self.verifier, "verifier", wanted)
+        return [*unread(self, parts), *named, *self._wrong_company(setup)]
 
     def _wrong_company(self, setup: Setup) -> list[str]:
         others = list(setup.methods)
@@ -221,11 +203,7 @@ class Paced(Method):
             return [
                 "riskpo bundles questions of different pass rates, and use: advantages weighs each by its own; name one"
             ]
-        later = [m for m in others[others.index(self.name) + 1 :] if m in MAKES_ADVANTAGES]
-        problems = [f"name {m} before paced: it may compute the advantages anew, without the weights" for m in later]
-        if "real" in others:
-            problems.append("real has no advantages that could be weighed; set use: sampler")
-        return problems
+        return ["real has no advantages that could be weighed; set use: sampler"] if "real" in others else []
 
     # Pass rates
 
@@ -288,11 +266,11 @@ class Paced(Method):
     def choose_prompts(self, draw: Draw) -> Tensor | None:
         table, number = self._table(draw.size, draw), self.state.get("draws", 0)
         self.state["draws"] = number + 1
-        positive = table.weights > 0
-        drawn = table.draw(min(draw.count, int(positive.sum())), draw.seed, number)
+        drawn = table.draw(min(draw.count, table.positive), draw.seed, number)
         rest = draw.count - drawn.numel()
         if rest > 0:  # fewer prompts than asked for have a weight
-            others = np.random.default_rng([draw.seed, number, 1]).permutation(torch.where(~positive)[0].numpy())
+            without = torch.where(table.weights == 0)[0].numpy()  # the one pass over the table, once it runs out
+            others = np.random.default_rng([draw.seed, number, 1]).permutation(without)
             drawn = torch.cat([drawn, torch.from_numpy(others[:rest])])
         draw.metrics.mean("filled", rest / draw.count)
         if self.column is None:

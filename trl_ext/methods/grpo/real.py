@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from trl_ext.checks import reward_named, unused_flags
 from trl_ext.method import Group, LossInput, Method, Rollout, Setup, StepRows, param
-from trl_ext.plan import did_you_mean
-from trl_ext.surrogates import log_ratio, unused_flags
+from trl_ext.surrogates import log_ratio, token_mean, two_pass
 
 UNLABELLED = -1.0
 
@@ -58,16 +58,6 @@ def group_losses(scores: Tensor, labels: Tensor, tau: float, form: str = "anchor
         parts = torch.stack([softplus(up.logsumexp(-1)), softplus(down.logsumexp(-1))], dim=-1)
         slopes = (down - parts[:, 1:]).exp() - (up - parts[:, :1]).exp()
     return torch.where(valid, parts, 0.0), torch.where(valid, slopes / tau, 0.0)
-
-
-def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) -> (B,): mean over the row's loss tokens, 0 where there are none."""
-    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
-def two_pass(values: Tensor, slopes: Tensor, scores: Tensor) -> Tensor:
-    """(B,) each -> scalar: the mean of `values`, with the gradient of the mean of `slopes` * `scores`."""
-    return (values + slopes * (scores - scores.detach())).mean()
 
 
 ADVANTAGES: Mapping[str, Any] = {"scale_rewards": "group", "multi_objective_aggregation": "sum_then_normalize"}
@@ -125,12 +115,7 @@ class Real(Method):
             for name, default in ADVANTAGES.items()
             if getattr(setup.args, name, default) != default
         ]
-        names = setup.reward_names
-        if names is not None and self.reward is not None and self.reward not in names:
-            problems.append(
-                f"reward '{self.reward}' is not one of this run's: {', '.join(names)}{did_you_mean(self.reward, names)}"
-            )
-        return problems
+        return problems + reward_named(setup, self.reward, "reward")
 
     # Rollout. state: "labels" (P, G) of the rollout that is being scored
 

@@ -24,13 +24,13 @@ ratio of the paper is TRL's `importance_sampling_level: sequence`; the released 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trl_ext.checks import replaced_advantages
 from trl_ext.method import Group, Method, Setup, param
 
 EPS = 1e-6
@@ -227,7 +227,7 @@ class RiskPO(Method):
         low, high = self._quantiles(scores)
         bundle = self._advantages(scores, low, high)
         own = credited(bundle, rewards, owner, self.credit).to(advantages.dtype)
-        found = torch.zeros_like(advantages).scatter(1, order, own).masked_fill(unscored(group), 0.0)
+        found = torch.zeros_like(advantages).scatter(1, order, own).masked_fill(group.unscored, 0.0)
         self._log(group, scores, low, high, found)
         return found
 
@@ -275,25 +275,3 @@ class RiskPO(Method):
         flat = (total == total[:, :1]).all(1)
         log("flat_prompts", flat.float())
         log("flat_with_signal", (found != 0).any(1).float(), flat.float())
-
-
-def unscored(group: Group) -> Tensor:
-    """(P, G) bool: responses that no reward function scored, which TRL leaves out."""
-    return group.rewards.isnan().all(-1)
-
-
-REPLACED: Mapping[str, tuple[Any, ...]] = {
-    "scale_rewards": ("none", False),
-    "multi_objective_aggregation": ("sum_then_normalize",),
-}
-"""What shapes TRL's advantages -> the values with which that does nothing to the summed rewards."""
-
-
-def replaced_advantages(args: Any) -> list[str]:
-    """Settings that would have no effect, because TRL's own advantages are not used."""
-    found = {key: getattr(args, key, values[0]) for key, values in REPLACED.items()}
-    return [
-        f"{key} {found[key]} has no effect, since the advantages are replaced; set {key}: {values[0]}"
-        for key, values in REPLACED.items()
-        if found[key] not in values
-    ]

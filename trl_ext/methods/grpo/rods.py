@@ -36,6 +36,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named, unread
 from trl_ext.method import Chosen, Draw, Group, Method, Setup, param
 from trl_ext.rewards.registry import imported
 from trl_ext.rollouts import pool as pools
@@ -151,9 +152,10 @@ class Rods(Method):
         return f"no extra forward or rollout; up to {self.budget * self.variants} rows are made per epoch {where}"
 
     def check(self, setup: Setup) -> list[str]:
-        problems = self._reward_problems(setup)
+        problems = reward_named(setup, self.reward, "reward", "measures progress")
         if not self.low <= self.high <= self.retire:
             problems.append(f"low {self.low}, high {self.high} and retire {self.retire} must not fall; swap them")
+        problems += unread(self, {"leave: generated or all": (self.leave != "none", ("retire", "stale"))})
         if self._still:
             return problems
         if not getattr(setup.args, "shuffle_dataset", True):
@@ -169,16 +171,6 @@ class Rods(Method):
             except (ValueError, TypeError) as error:
                 problems.append(f"{setting}: {error}")
         return problems
-
-    def _reward_problems(self, setup: Setup) -> list[str]:
-        names = setup.reward_names
-        if names is None:
-            return []
-        if self.reward is None and len(names) > 1:
-            return [f"several rewards ({', '.join(names)}); name the one that measures progress: reward"]
-        if self.reward is not None and self.reward not in names:
-            return [f"reward '{self.reward}' is not a reward of this run ({', '.join(names)})"]
-        return []
 
     def _synthesiser(self, seed: int, folder: str | None) -> Make:
         """ValueError for settings that no synthesiser takes."""

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from trl_ext import critic as critics
 from trl_ext import ops
+from trl_ext.checks import replaced_advantages, unread
 from trl_ext.controllers import (
     PHASES,
     WARMUP,
@@ -59,22 +60,18 @@ from trl_ext.controllers import (
 )
 from trl_ext.forward import Features, per_position_detached
 from trl_ext.method import HIDDEN, POLICY, REF_LOGPS, Group, LossInput, Method, Rollout, Setup, param
-from trl_ext.methods.grpo.riskpo import replaced_advantages
-from trl_ext.surrogates import others_that
 
-PARTS = {
-    "entropy_aware": (
-        *("entropy_floor", "gate_min", "kl_short_ema", "tau_low", "tau_high", "kp", "ki", "kd", "target_velocity"),
-        *("reward_ema", "phase_window", "warmup", "climbing", "plateau", "converged", "climbing_rise"),
-        *("converged_std", "converged_reward"),
-    ),
-    "asymmetric": ("momentum_strength", "momentum_window"),
-    "critic": (
-        *("softmin_alpha", "value_clip", "huber_delta", "value_weight", "critic_lr", "critic_clip"),
-        *("critic_gradient", "critic_seed"),
-    ),
-}
-"""Controller, or critic -> the settings that it alone reads."""
+ENTROPY_AWARE = (
+    *("entropy_floor", "gate_min", "kl_short_ema", "tau_low", "tau_high", "kp", "ki", "kd", "target_velocity"),
+    *("reward_ema", "phase_window", "warmup", "climbing", "plateau", "converged", "climbing_rise"),
+    *("converged_std", "converged_reward"),
+)
+ASYMMETRIC = ("momentum_strength", "momentum_window")
+CRITIC = (
+    *("softmin_alpha", "value_clip", "huber_delta", "value_weight", "critic_lr", "critic_clip"),
+    *("critic_gradient", "critic_seed"),
+)
+"""Settings that one controller, or the critic, alone reads."""
 INTEGRAL_LIMIT = 1.0
 """Bound of the PID's integral. Card: clip 1."""
 
@@ -206,7 +203,12 @@ class Safe(Method):
         return "; ".join(parts) or "nothing: no penalty, no critic"
 
     def check(self, setup: Setup) -> list[str]:
-        problems, args = self._unread(), setup.args
+        parts = {
+            "controller: entropy_aware": (self.controller == "entropy_aware", ENTROPY_AWARE),
+            "controller: asymmetric": (self.controller == "asymmetric", ASYMMETRIC),
+            "critic: true": (self.critic, CRITIC),
+        }
+        problems, args = unread(self, parts), setup.args
         if self.critic:
             problems += replaced_advantages(args)
         if self.tau_low > self.tau_high:
@@ -224,27 +226,7 @@ class Safe(Method):
                 "kl_from rollout needs one rollout or less per optimizer step; raise steps_per_generation to "
                 "gradient_accumulation_steps, or set kl_from: previous_step"
             )
-        return problems + self._lost_advantages(setup)
-
-    def _lost_advantages(self, setup: Setup) -> list[str]:
-        """The critic makes advantages from rewards: what earlier methods made of TRL's would be lost without a word."""
-        if not self.critic:
-            return []
-        return [
-            f"its critic would undo the advantages of {name}; name safe before {name}, or set critic: false"
-            for name in others_that(setup, self.name, "group_advantages", before=True)
-        ]
-
-    def _unread(self) -> list[str]:
-        """Settings of a part that is off."""
-        used = {"entropy_aware": self.controller == "entropy_aware", "asymmetric": self.controller == "asymmetric"}
-        used["critic"] = self.critic
-        return [
-            f"{name} belongs to {part}, which is not on; leave it out"
-            for part, names in PARTS.items()
-            for name in names
-            if not used[part] and getattr(self, name) != getattr(Safe, name)
-        ]
+        return problems
 
     def summary(self, decode_one: Callable[[int], str]) -> list[str]:
         if self.controller == "asymmetric" or "tau" not in self.state:
@@ -443,12 +425,12 @@ class Safe(Method):
         return found if found["at"] == step else critics.updated(found, step, self.critic_lr, self.critic_clip)
 
     def _stats(self, group: Group) -> Tensor:
-        return critics.merged(self.state.get("stats", critics.fresh_stats()), group.total[_scored(group)])
+        return critics.merged(self.state.get("stats", critics.fresh_stats()), group.total[~group.unscored])
 
     def group_advantages(self, advantages: Tensor, group: Group) -> Tensor:
         if not self.critic:
             return advantages
-        scored = _scored(group)
+        scored = ~group.unscored
         raw = critics.standardised(group.total, self._stats(group)) - group.measured["value"]
         if int(scored.sum()) < 2:  # no spread to divide by
             return torch.zeros_like(raw)
@@ -457,7 +439,7 @@ class Safe(Method):
     def _standardise(self, group: Group) -> None:
         """Stores the running statistics, and what the loss compares the values with."""
         self.state["stats"] = stats = self._stats(group)
-        target = critics.standardised(group.total, stats).masked_fill(~_scored(group), torch.nan)
+        target = critics.standardised(group.total, stats).masked_fill(group.unscored, torch.nan)
         self.state["targets"] = torch.stack([target.flatten(), group.measured["value"].flatten()])
 
     def _rows(self, x: LossInput) -> Tensor:
@@ -491,8 +473,3 @@ class Safe(Method):
         loss = {"weight": self.value_weight, "alpha": self.softmin_alpha}
         loss |= {"clip": self.value_clip, "delta": self.huber_delta}
         self.state["critic"] = critics.with_rows(critic, everyone, counted.bool(), old, target, **loss)
-
-
-def _scored(group: Group) -> Tensor:
-    """(P, G) bool: rows for which some reward function gave a number."""
-    return ~group.rewards.isnan().all(-1)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named
 from trl_ext.method import Attempt, Method, Metrics, Revision, Setup, param
 from trl_ext.rollouts.hints import Rung, first_solved, hinted, ladder
 
@@ -139,14 +140,7 @@ class ScafGrpo(Method):
             )
         if self.replace_num == 2 and self.replace_hint_prompt:
             problems.append("replace_num 2 already keeps one prompt without hint; leave replace_hint_prompt false")
-        return problems + self._reward_problems(setup.reward_names)
-
-    def _reward_problems(self, names: Sequence[str] | None) -> list[str]:
-        if names is not None and self.reward is not None and self.reward not in names:
-            return [f"reward '{self.reward}' is not a reward of this run ({', '.join(names)})"]
-        if names is not None and self.reward is None and len(names) > 1:
-            return [f"several rewards ({', '.join(names)}); name the one that says solved or not: reward"]
-        return []
+        return problems + reward_named(setup, self.reward, "reward", "says solved or not")
 
     # Rollout
 

@@ -32,15 +32,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl_ext.checks import others_that, unused_flags
 from trl_ext.method import Group, LossInput, Method, Setup, param
 from trl_ext.surrogates import (
     last_of_rollout,
     log_ratio,
     one_step_note,
-    others_that,
     rollout_count,
     rollout_index,
-    unused_flags,
 )
 
 

@@ -37,6 +37,7 @@ from trl_ext.annotate import (
     teacher_note,
     token_offsets,
 )
+from trl_ext.checks import reward_named
 from trl_ext.forward import Features, per_position
 from trl_ext.method import HIDDEN, POLICY, TEACHER, LossInput, Method, Rollout, RunShape, Setup, param
 
@@ -177,13 +178,7 @@ class Trace(Method):
         problems = []
         if getattr(setup.args, "importance_sampling_level", "token") == "sequence":
             problems.append("dropping the policy loss on span tokens needs importance_sampling_level: token")
-        names = setup.reward_names
-        if names is not None and self.verifier is None and len(names) > 1:
-            problems.append(
-                f"several rewards ({', '.join(names)}); name the one that tells right from wrong: verifier"
-            )
-        if names is not None and self.verifier is not None and self.verifier not in names:
-            problems.append(f"verifier '{self.verifier}' is not a reward of this run ({', '.join(names)})")
+        problems += reward_named(setup, self.verifier, "verifier", "tells right from wrong")
         if self.annotator != "policy":
             try:
                 self._outside_annotator  # noqa: B018

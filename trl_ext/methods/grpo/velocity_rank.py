@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl_ext.checks import reward_named
 from trl_ext.method import HIDDEN, Group, LossInput, Method, Rollout, Setup, param
 
 EPS = 1e-8
@@ -176,12 +177,9 @@ class VelocityRank(Method):
         return f"for each response {tokens} and one of all; no extra forward"
 
     def check(self, setup: Setup) -> list[str]:
-        names, problems = setup.reward_names, []
-        if names is not None and self.verifier is not None and self.verifier not in names:
-            problems.append(f"verifier '{self.verifier}' is not a reward of this run ({', '.join(names)})")
-        if names is not None and self.adaptive_weight and self.verifier is None and len(names) > 1:
-            problems.append(f"adaptive_weight with several rewards ({', '.join(names)}) needs verifier: one of them")
-        return problems
+        return reward_named(
+            setup, self.verifier, "verifier", "adaptive_weight goes by" if self.adaptive_weight else None
+        )
 
     # Rollout
 
