@@ -169,8 +169,13 @@ class _Revising:
         each = -(-len(rows) // processes)
         shared = [dict(rows[min(i, len(rows) - 1)]) for i in range(each * processes)]
         mine = self.trainer.accelerator.process_index * each
-        values, rewards = self.trainer._made(shared[mine : mine + each])
-        values = gather_object(values)
+        at_once = len(self.asked.rows)  # no more than the rollout itself had, which fits in memory
+        parts = [
+            self.trainer._made(shared[mine + start : mine + min(start + at_once, each)])
+            for start in range(0, each, at_once)
+        ]
+        values = gather_object([value for found, _ in parts for value in found])
+        rewards = torch.cat([scores.view(processes, -1, scores.size(-1)) for _, scores in parts], 1).flatten(0, 1)
         first = len(self.samples)
         for row, found, scores in zip(rows, values, rewards, strict=False):
             self.samples.append(Sample(dict(row), self.fresh_rows.get(id(row), (-1, row))[0], found, scores))

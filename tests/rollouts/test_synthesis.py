@@ -339,6 +339,7 @@ def test_a_question_inside_a_longer_prompt(post):
 def test_equal_answers():
     assert same_answer("1,200", "1200.0") and same_answer("Paris.", " paris") and same_answer("$x+1$", "x + 1")
     assert not same_answer("11", "12") and not same_answer("a", "b")
+    assert not same_answer("1,2", "12") and same_answer("-1,234,567.50", "-1234567.5")
 
 
 def test_one_lost_request_costs_one_row(post):
@@ -378,7 +379,35 @@ def test_unusable_endpoints(monkeypatch):
         endpoint_synthesiser({"base_url": "x", "model": "m"})
     monkeypatch.delenv("RODS_TEST_KEY", raising=False)
     with pytest.raises(Unavailable, match="RODS_TEST_KEY"):
-        EndpointSynthesiser("http://x", "m", api_key_env="RODS_TEST_KEY").check_key()
+        EndpointSynthesiser("http://x", "m", api_key_env="RODS_TEST_KEY").check({"answer": "1"})
+    with pytest.raises(ValueError, match="names level, question, and the training set has the columns prompt, answer"):
+        EndpointSynthesiser("http://x", "m", question="question", keep=["level"]).check({"prompt": "", "answer": ""})
+    with pytest.raises(ValueError, match="name the temperature of the writing as `temperature`"):
+        EndpointSynthesiser("http://x", "m", extra_body={"temperature": 0.5})
+
+
+def test_a_judge_that_refuses_every_task_refuses_the_rows(post):
+    """Status 400 for the texts alone must not end the run: after a restart it would come again."""
+
+    def reply(text, body):
+        if "<answer>" in text:
+            return TASK
+        raise TransientError("status 400: too long", refused=True)
+
+    post.reply = reply
+    offers = synthesiser()([ask(0), ask(1)])
+    assert [offer.refused for offer in offers] == ["judge: no answer"] * 2
+    judging = (body for body in post.bodies if "<answer>" not in body["messages"][0]["content"])
+    assert {body["temperature"] for body in judging} == {0}
+
+
+def test_an_endpoint_that_refuses_the_first_requests_is_set_up_wrongly(post):
+    def reply(text, body):
+        raise TransientError("status 400: no such field", refused=True)
+
+    post.reply = reply
+    with pytest.raises(Unavailable, match="status 400"):
+        synthesiser()([ask()])
 
 
 # Progress reward

@@ -42,6 +42,10 @@ class AnnotatorError(RuntimeError):
     """The annotator as a whole does not work (wrong address, wrong key, every request failed)."""
 
 
+class RefusedError(AnnotatorError):
+    """The server read every request of a batch and wanted none: their texts are at fault, or the settings."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One rollout to annotate.

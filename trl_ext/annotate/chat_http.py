@@ -17,6 +17,8 @@ MAX_RESPONSE_BYTES = 4 << 20
 MAX_RETRY_AFTER = 60.0  # seconds; a longer Retry-After is cut, a training run waits for this
 EXCERPT_CHARS = 200
 MIN_SECRET_CHARS = 8
+REFUSED = (400, 413, 422)
+"""Statuses of a request that the server does not want, such as one over the context length."""
 _CHUNK = 1 << 16
 
 _ADVICE = {
@@ -27,11 +29,14 @@ _ADVICE = {
 
 
 class TransientError(Exception):
-    """Worth another try. `wait` is the server's Retry-After in seconds, if it gave one."""
+    """Worth another try. `wait` is the server's Retry-After in seconds, if it gave one.
 
-    def __init__(self, reason: str, wait: float | None = None):
+    `refused`: the server read the request and did not want it, so that others may go through.
+    """
+
+    def __init__(self, reason: str, wait: float | None = None, refused: bool = False):
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.refused = wait, refused
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -90,10 +95,11 @@ def _status_error(url: str, error: HTTPError, key: str | None) -> Exception:
             excerpt = _excerpt(error.read1(_CHUNK), key)
     except (OSError, http.client.HTTPException):
         excerpt = "(its body could not be read)"
-    if error.code in (400, 408, 413, 422, 429) or error.code >= 500:
+    if error.code in (*REFUSED, 408, 429) or error.code >= 500:
         # A refused request (a rollout over the context length, say) costs its own span, not the run: if the settings
         # are at fault, the whole batch fails and that is an error.
-        return TransientError(f"status {error.code}: {excerpt}", _retry_after(error.headers))
+        refused = error.code in REFUSED
+        return TransientError(f"status {error.code}: {excerpt}", _retry_after(error.headers), refused)
     if error.code < 400:
         check = "base_url: the server redirects, which is not followed; give the final address"
     else:

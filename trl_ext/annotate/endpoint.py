@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.annotate.answers import annotate_with
-from trl_ext.annotate.base import AnnotatorError, Request, Span
+from trl_ext.annotate.base import AnnotatorError, RefusedError, Request, Span
 from trl_ext.annotate.cache import AnswerCache, content_key
 from trl_ext.annotate.chat_http import TransientError, post_chat
 
@@ -92,7 +92,8 @@ class EndpointAnnotator:
         self.stats["cache_hits"] += sum(key in stored for key in keys)
         self.stats["failures"] += len(reasons)
         if len(reasons) == len(answers):
-            raise AnnotatorError(
+            kind = RefusedError if all(reason.refused for reason in reasons) else AnnotatorError
+            raise kind(
                 f"annotator endpoint {self.url}: all {len(answers)} requests of a batch failed "
                 f"({self.retries + 1} tries each). Last reason: {reasons[0]}. "
                 "Check that the server runs, base_url, timeout and the server's rate limits; after a status 400, "

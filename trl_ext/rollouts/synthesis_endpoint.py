@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evals.graders.strict_json import load_tolerant
-from trl_ext.annotate.base import AnnotatorError
+from trl_ext.annotate.base import AnnotatorError, RefusedError
 from trl_ext.annotate.endpoint import EndpointAnnotator
 from trl_ext.method import Unavailable
 from trl_ext.rollouts.synthesis import Ask, Offer
 from trl_ext.rollouts.vetting import question_text, with_question
 
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(,[0-9]{3}){1,20}([.][0-9]{1,40})?")
 MAX_REPLY_CHARS = 40_000
 MAX_ANSWER_CHARS = 2_000
 _CLIENT = (
@@ -92,16 +94,28 @@ class EndpointSynthesiser:
     judge: bool = True
     folder: str | None = None
 
+    _answered: set[bool] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Not empty once a request was answered: the settings are then not what a server refuses."""
+
     def __post_init__(self) -> None:
+        if "temperature" in self.extra_body:
+            raise ValueError("extra_body: name the temperature of the writing as `temperature`; the judge's is 0")
         self._client(self.temperature)
 
     def _client(self, temperature: float) -> EndpointAnnotator:
         settings = {name: getattr(self, name) for name in _CLIENT}
-        settings["extra_body"] = {"temperature": temperature, **self.extra_body}
+        settings["extra_body"] = {**self.extra_body, "temperature": temperature}
         return EndpointAnnotator(**settings, cache_dir=None if self.folder is None else Path(self.folder))
 
-    def check_key(self) -> None:
-        """Raises Unavailable if the variable `api_key_env` is not set: better now than after the first epoch."""
+    def check(self, row: Mapping[str, Any]) -> None:
+        """What can be known before the first epoch is over: Unavailable if `api_key_env` is not set, ValueError if `row`
+        of the training set lacks a column that is named here."""
+        wanted = {self.answer, *self.keep} | ({self.question} if self.question is not None else set())
+        if missing := sorted(wanted - row.keys()):
+            raise ValueError(
+                f"rods: the synthesizer names {', '.join(missing)}, and the training set has the columns {', '.join(row)}; "
+                "set answer, question and keep to its names"
+            )
         if self.api_key_env is not None and not os.environ.get(self.api_key_env, "").strip():
             raise Unavailable(
                 f"rods: the environment variable {self.api_key_env} (api_key_env) is not set; export the key"
@@ -117,12 +131,21 @@ class EndpointSynthesiser:
         if not conversations:
             return []
         try:
-            return self._client(temperature).complete(conversations)
+            found = self._client(temperature).complete(conversations)
+            self._answered.add(True)
+            return found
+        except RefusedError as error:
+            if self._answered:  # these texts alone are refused, and would be again after a restart
+                return [None] * len(conversations)
+            raise self._stopped(error) from error
         except AnnotatorError as error:
-            raise Unavailable(
-                f"rods: no new rows can be made, so the run stops here. {error}\nRows and replies so far are in the run's "
-                "folder; once the endpoint answers again, --resume goes on."
-            ) from error
+            raise self._stopped(error) from error
+
+    def _stopped(self, error: AnnotatorError) -> Unavailable:
+        return Unavailable(
+            f"rods: no new rows can be made, so the run stops here. {error}\nRows and replies so far are in the run's "
+            "folder; once the endpoint answers again, --resume goes on."
+        )
 
     def _question(self, row: Mapping[str, Any]) -> str:
         return question_text(row) if self.question is None else str(row[self.question])
@@ -204,8 +227,9 @@ def read_reply(text: str, keys: Sequence[str]) -> dict[str, str] | str:
 
 def same_answer(first: str, second: str) -> bool:
     """Equal as numbers, or as text but for case, spaces and a full stop."""
+    numbers = [text.replace(",", "") if _THOUSANDS.fullmatch(text) else text for text in (first, second)]
     try:
-        return float(first.replace(",", "")) == float(second.replace(",", ""))
+        return float(numbers[0]) == float(numbers[1])
     except ValueError:
         return _plain(first) == _plain(second)
 

@@ -197,8 +197,7 @@ class Rods(Method):
 
     def _pool(self, draw: Draw) -> Pool:
         if "pool" not in self.state:
-            if isinstance(self.synthesizer, dict):
-                endpoint_synthesiser(self.synthesizer).check_key()
+            draw.on_main(functools.partial(self._check_outside, draw))
             names = [self._category(draw.row(i)) for i in range(draw.size)] if self.category else []
             names = names or [pools.EVERYTHING] * draw.size
             self.state.update(pool=pools.new_pool(names, draw.seed), size=draw.size, attempts=0, refused=0)
@@ -214,6 +213,12 @@ class Rods(Method):
                 "per_device_train_batch_size or steps_per_generation, or raise num_generations"
             )
         return self.state["pool"]
+
+    def _check_outside(self, draw: Draw) -> None:
+        """What the end of the first epoch will need: better missed now than then."""
+        if isinstance(self.synthesizer, dict):
+            endpoint_synthesiser(self.synthesizer).check(draw.row(0))
+        self._kept["evaluation"] = load_evaluation(self.evaluation)
 
     def _category(self, row: dict[str, Any]) -> str:
         if self.category not in row:
@@ -310,7 +315,8 @@ class Rods(Method):
     def observe(self, group: Group) -> None:
         """rbar of the rows of this rollout, and of groups that another method made and did not take."""
         progress = self._progress(group)
-        self._check_range(progress, group)
+        if not self._still:
+            self._check_range(progress, group)
         rbar = progress.mean(1)
         self._report(rbar, group_variance(progress), group)
         if self._still or group.drawn is None:

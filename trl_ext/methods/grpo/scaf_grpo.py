@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_ext.checks import reward_named
+from trl_ext.checks import reward_named, unread
 from trl_ext.method import Attempt, Method, Metrics, Revision, Setup, param
 from trl_ext.rollouts.hints import Rung, first_solved, hinted, ladder
 
@@ -140,11 +140,13 @@ class ScafGrpo(Method):
             )
         if self.replace_num == 2 and self.replace_hint_prompt:
             problems.append("replace_num 2 already keeps one prompt without hint; leave replace_hint_prompt false")
+        problems += unread(self, {"warmup_steps: none": (self.warmup_steps is None, ("warmup",))})
         return problems + reward_named(setup, self.reward, "reward", "says solved or not")
 
     # Rollout
 
     def revise(self, attempt: Attempt) -> Revision | None:
+        self._warn(attempt.rows)
         before = attempt.reward(self.reward)
         stuck = failed(before, self.threshold)
         attempt.metrics.mean("failed_groups", stuck.sum())
@@ -162,8 +164,6 @@ class ScafGrpo(Method):
 
     def _trials(self, attempt: Attempt, prompts: Sequence[int]) -> list[Trial]:
         """All levels of all these prompts that are short enough, prompt by prompt, in the order of the ladder."""
-        if prompts:
-            self._warn(attempt.rows)
         trials = []
         for prompt in prompts:
             row = attempt.rows[prompt]
