@@ -14,6 +14,7 @@ from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_pa
 from trl_ext.method import Revision
 from trl_ext.methods import METHODS
 from trl_ext.plan import PlanError
+from trl_ext.revision import Revisions
 
 SEEN: list = []
 CALLS: list[int] = []
@@ -96,6 +97,28 @@ def test_a_completion_may_be_taken_without_its_prompt(train):  # noqa: F811
     assert not any(HINT in p for p in rollout.prompts) and len(rollout.prompts) == 8
     assert torch.equal(rollout.prompt_ids[1], rollout.prompt_ids[0]) and HINT not in rollout.rows[1]["prompt"]
     assert group.rewards[0, 1] == samples.rewards[0] and group.lengths[0, 1] == samples.lengths[0]
+
+
+@dataclass(frozen=True)
+class Many(Probe):
+    """Makes more samples than the rollout has rows."""
+
+    def revise(self, attempt):
+        rows = [row | {"prompt": [*row["prompt"], HINT] * n} for n in range(1, 10) for row in attempt.rows]
+        SEEN.append(attempt.sample(rows))
+        return Revision({(0, 0): SEEN[-1].ids[17]})
+
+
+def test_many_samples_are_made_in_blocks_of_a_rollout(train, monkeypatch):  # noqa: F811
+    made = []
+    monkeypatch.setattr(
+        Revisions, "_made", lambda self, rows, own=Revisions._made: made.append(own(self, rows)) or made[-1]
+    )
+    train(Many, max_steps=1)
+    (samples,) = SEEN
+    assert [len(values) for values, _ in made] == [8, 8, 2] and list(samples.ids) == list(range(18))
+    assert torch.equal(samples.rewards, torch.cat([rewards for _, rewards in made]))
+    assert samples.lengths.tolist() == [len(value[1]) for values, _ in made for value in values]
 
 
 @dataclass(frozen=True)
