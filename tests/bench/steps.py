@@ -58,6 +58,8 @@ class Variant:
     at: int = INSIDE
     share: float = 0.25
     own: Mapping[str, Any] = field(default_factory=dict)
+    two_passes: bool = False
+    """A later update on the rollout, with groups that do not fit a micro-batch: their forward without gradient counts."""
 
 
 def annotate_flagged(requests: Sequence[Request]) -> list[list[Span]]:
@@ -116,7 +118,7 @@ EXTRAS: Mapping[str, Extra] = {
     "dcpo": Extra(heads=0.5),  # one projection, of the completions with a positive reward: half of them here
     "capo": Extra(heads=1),  # the top logits
     "safe": Extra(forwards=1, heads=1),  # the reference's log-probs, as `beta` would cost
-    "group_dpo": Extra(forwards=1, heads=1),  # the reference's log-probs; real has no line: its groups fit here
+    "group_dpo": Extra(forwards=1, heads=1),  # the reference's log-probs; real has no line: its groups fit, but for the row that says so
     "oblr_po": Extra(forwards=1, heads=1),  # the policy's distributions under the weights that sampled
 }
 """What each method cannot do without. Those that are not here read what TRL's step computes anyway."""
@@ -132,6 +134,9 @@ def variants(naive: bool = True) -> list[Variant]:
     """
     trace = {"trace": {"action": "both", "annotator": FLAGGED, "clip_mode": "none"}}
     found = [Variant("trl", None), Variant("trl again", None), Variant("no method", {})]
+    twice = {"num_iterations": 2}
+    found.append(Variant("trl, two updates per rollout", None, own=twice))
+    found.append(Variant("real, two updates, two passes", {"real": {}}, own=twice, two_passes=True))
     found.append(Variant("trl, own entropy bonus", None, own={"entropy_coef": Epo().coefficient}))
     for name in (name for name, cls in METHODS.items() if cls.trainer == "grpo" and name not in NAIVE):
         if name != "trace":
@@ -284,7 +289,10 @@ class Bench:
         """
         synchronize()
         started = time.perf_counter()
-        self._roll_out(self._rows)
+        rollout = self._roll_out(self._rows)
+        if self.variant.two_passes:
+            self.trainer.state.global_step += 1
+            self.trainer._coupled_values([rollout])
         self.step()
         synchronize()
         return time.perf_counter() - started
