@@ -63,8 +63,3 @@ def text(row: Row) -> str:
 def question(words: str, **columns: Any) -> dict[str, Any]:
     """A row with a conversation of one user turn."""
     return {"prompt": [{"role": "user", "content": words}], **columns}
-
-
-def logged(metrics: Metrics) -> dict[str, float]:
-    """Name -> what the trainer would log."""
-    return {name: float(total[0] / total[1]) for name, total in metrics.totals.items() if total[1] != 0}

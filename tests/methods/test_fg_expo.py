@@ -10,9 +10,10 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.groups import logged, made_group
 from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
-from trl_ext.method import Draw, Group, Metrics, RunShape
+from trl_ext.method import Draw, Metrics
 from trl_ext.methods.grpo.fg_expo import FgExpo, frontier_weights, kl_scale, outcomes
 from trl_ext.plan import PlanError, make_plan
 from trl_ext.recipe import load_recipe
@@ -32,22 +33,9 @@ def long_text(completions, **kwargs):
     return [float(sum(map(ord, c[0]["content"])) % 5 < 2) for c in completions]
 
 
-def group(rewards, names=("right",), **kwargs):
-    """`rewards` (P, G, F) as a Group of one rollout."""
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    flat = torch.zeros(rewards.shape[:2])
-    common = {"lengths": flat, "truncated": flat.bool(), "step": 0, "run": RunShape(10, rewards.size(1), 1)}
-    common |= {"metrics": Metrics(), "reward_weights": torch.ones(rewards.size(2)), "seed": 0}
-    return Group(rewards=rewards, advantages=flat, reward_names=names, **(common | kwargs))
-
-
 def with_rates(rates, groups=20):
     """(P,) pass rates -> (P, groups, 1) rewards with that share of ones."""
     return [[[float(g < round(rate * groups))] for g in range(groups)] for rate in rates]
-
-
-def logged(metrics):
-    return {name: float(total[0] / total[1]) for name, total in metrics.totals.items()}
 
 
 def asked(count, size, step=0):
@@ -71,7 +59,7 @@ def asked(count, size, step=0):
 def test_worked_kl_coefficients(accuracy, rho, beta):
     assert kl_scale(accuracy) == pytest.approx(rho, abs=1e-6)
     method = FgExpo()
-    method.observe(group(with_rates([accuracy], groups=4)))
+    method.observe(made_group(with_rates([accuracy], groups=4)))
     assert method.kl_coef(0.02, 0) == pytest.approx(beta, abs=1e-6)
 
 
@@ -85,7 +73,7 @@ def test_less_accuracy_means_less_kl():
 def test_the_accuracy_is_that_of_the_named_reward_over_all_completions():
     rewards = [[[1.0, 0.0], [0.0, 9.0]], [[1.0, -2.0], [1.0, 0.5]], [[0.0, 1.0], [0.0, 1.0]]]
     method = FgExpo(accuracy="right", gcs=False)
-    seen = group(rewards, names=("right", "style"))
+    seen = made_group(rewards, names=("right", "style"))
     method.observe(seen)
     assert method.state["acc"] == 0.5 == logged(seen.metrics)["acc"]
     assert logged(seen.metrics)["one_sided"] == pytest.approx(2 / 3)
@@ -93,16 +81,16 @@ def test_the_accuracy_is_that_of_the_named_reward_over_all_completions():
 
 def test_without_a_name_the_sum_reaches_the_threshold_or_not():
     rewards = [[[1.0, 0.0], [0.5, 0.6]], [[1.0, 0.5], [float("nan"), 1.0]]]
-    seen = group(rewards, names=("a", "b"), reward_weights=torch.tensor([1.0, 2.0]))
+    seen = made_group(rewards, names=("a", "b"), weights=(1.0, 2.0))
     assert outcomes(seen, None, 1.7).tolist() == [[0.0, 1.0], [1.0, 1.0]]  # sums 1, 1.7, 2, 2
     assert outcomes(seen, "a", 1.0).tolist() == [[1.0, 0.0], [1.0, 0.0]]  # no score is wrong
 
 
 def test_rewards_that_are_no_accuracy_are_refused():
     with pytest.raises(ValueError, match=r"'right' is between -1 and 1.*set threshold"):
-        outcomes(group([[[-1.0], [1.0]]]), "right", None)
+        outcomes(made_group([[-1.0, 1.0]], ["right"]), "right", None)
     with pytest.raises(ValueError, match=r"the reward is between 0 and 1\.5"):
-        outcomes(group([[[0.0], [1.5]]]), None, None)
+        outcomes(made_group([[[0.0], [1.5]]]), None, None)
 
 
 def test_fixed_accuracy_is_trl_with_the_scaled_beta(tmp_path):
@@ -150,7 +138,7 @@ def test_worked_visits():
     draw = asked(3, 4)
     method.choose_prompts(draw)
     assert logged(draw.metrics)["effective_prompts"] == pytest.approx(4)  # the first rollout is uniform
-    seen = group(with_rates([1, 0.25, 0]), drawn=torch.tensor([0, 1, 2]))
+    seen = made_group(with_rates([1, 0.25, 0]), drawn=torch.tensor([0, 1, 2]))
     method.observe(seen)
     assert method.state["rates"].tolist() == pytest.approx([0.55, 0.475, 0.45, 0.5], abs=1e-6)
     table = method._table(4)
@@ -188,7 +176,7 @@ def test_a_prompt_that_always_fails(visits, rate, weight):
     method = FgExpo(akl=False)
     method.choose_prompts(asked(1, 2))
     for _ in range(visits):
-        method.observe(group(with_rates([0]), drawn=torch.tensor([1])))
+        method.observe(made_group(with_rates([0]), drawn=torch.tensor([1])))
     assert method.state["rates"].tolist() == pytest.approx([0.5, rate], abs=1e-6)
     assert float(method._table(2).weights[1]) == pytest.approx(weight, abs=1e-6)
     assert method.state["visits"].tolist() == [0, visits]

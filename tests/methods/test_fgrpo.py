@@ -9,10 +9,10 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.groups import made_group
 from tests.methods.training import train
 from tests.test_vlm import train as train_vlm
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
-from trl_ext.method import Group, Metrics, RunShape
 from trl_ext.methods.grpo.fgrpo import Fgrpo, constraint_advantages, dual_step, group_normalised, whitened
 from trl_ext.plan import PlanError
 from trl_ext.recipe import load_recipe
@@ -33,20 +33,7 @@ A_C_ZERO = [[1.499700, -0.499900, -0.499900, -0.499900], [0.865875, 0.865875, -0
 
 def group(*signals, names=NAMES, weights_=(0.5, 0.5, 0.0, 0.0)):
     """A Group of (P, G) signals."""
-    rewards = torch.stack([torch.tensor(signal, dtype=torch.float32) for signal in signals], -1)
-    zeros = torch.zeros(rewards.shape[:2])
-    return Group(
-        rewards=rewards,
-        advantages=zeros,
-        lengths=zeros,
-        truncated=zeros.bool(),
-        reward_names=names,
-        step=0,
-        run=RunShape(10, zeros.size(1), 1.0),
-        metrics=Metrics(),
-        reward_weights=torch.tensor(weights_),
-        seed=0,
-    )
+    return made_group(torch.stack([torch.tensor(signal) for signal in signals], -1), names, weights_)
 
 
 def card():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -11,11 +12,11 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.groups import logged, made_group
 from tests.methods.scripted_tools import right, spoke, tool_trainer
 from tests.methods.training import train
 from tests.test_vlm import train as train_vlm
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
-from trl_ext.method import Group, Metrics, RunShape
 from trl_ext.methods.grpo.otc import UNSOLVED, Memory, Otc, fewest_in_groups, mapped_calls, tool_coefficient
 from trl_ext.plan import PlanError
 from trl_ext.recipe import load_recipe
@@ -31,29 +32,13 @@ TABLE = {
 
 def group(rewards, calls, questions=None, measured=None, names=("right",)):
     """A Group of (P, G) or (P, G, F) rewards."""
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    rewards = rewards.unsqueeze(-1) if rewards.dim() == 2 else rewards
-    calls = torch.tensor(calls)
-    zeros = torch.zeros(calls.shape)
-    return Group(
-        rewards=rewards,
-        advantages=zeros,
-        lengths=zeros,
-        truncated=zeros.bool(),
-        reward_names=names,
-        step=0,
-        run=RunShape(10, calls.size(1), 1.0),
-        metrics=Metrics(),
-        reward_weights=torch.ones(len(names)),
-        seed=0,
+    calls, found = torch.tensor(calls), made_group(rewards, names)
+    return dataclasses.replace(
+        found,
         tool_calls=calls,
         questions=torch.tensor(list(range(len(calls))) if questions is None else questions),
-        measured=measured or {"correctness": rewards[..., 0]},
+        measured=measured or {"correctness": found.rewards[..., 0]},
     )
-
-
-def logged(seen):
-    return {name: float(total[0] / total[1]) for name, total in seen.metrics.totals.items() if total[1] > 0}
 
 
 # The maths
@@ -202,7 +187,7 @@ def test_metrics_of_a_hand_example():
     epochs(method, ([1, 1, 0, 1], [1, 3, 0, 2]))
     seen = group([[1, 1, 0, 1], [1, 0, 0, 0]], [[2, 2, 1, 3], [0, 5, 1, 0]])
     method.observe(seen)
-    found = logged(seen)
+    found = logged(seen.metrics)
     coefficients = [0.866025, 0.866025, 0.707107, 1.0]
     expected = {"calls": 14 / 8, "calls_correct": 7 / 4, "accuracy": 4 / 8, "productivity": 4 / 14}
     expected |= {"n": 0.5, "n_zero": 0.5, "known": 0.5, "r_tool": sum(coefficients) / 4}

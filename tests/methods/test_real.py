@@ -11,10 +11,11 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.groups import made_group
 from tests.methods.spy import spied
 from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, prompts, tiny_path, weights
-from trl_ext.method import Group, Metrics, RunShape, StepRows
+from trl_ext.method import Metrics, RunShape, StepRows
 from trl_ext.methods.grpo.real import Real, group_losses, token_mean, two_pass
 from trl_ext.plan import PlanError
 from trl_ext.recipe import load_recipe
@@ -141,11 +142,7 @@ def test_two_pass_has_value_and_gradient():
 
 
 def group(rewards, names=("format", "correct"), weights=(0.5, 1.0)):
-    rewards = torch.tensor(rewards)
-    zeros = torch.zeros(rewards.shape[:2])
-    return Group(
-        rewards, zeros, zeros, zeros.bool(), names, 0, RunShape(10, 2, 1.0), Metrics(), torch.tensor(weights), 0
-    )
+    return made_group(rewards, names, weights)
 
 
 NAN = math.nan

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import trl_ext
+from tests.methods.groups import logged, made_group
 from tests.methods.spy import spied
 from tests.methods.training import train
 from tests.tiny import assert_equal, grpo_args, weights
-from trl_ext.method import Group, Metrics, RunShape
 from trl_ext.methods.grpo.riskpo import (
     RiskPO,
     bundle_of,
@@ -33,30 +33,6 @@ R = torch.tensor([[1.0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.float
 ONE = bundle_of(3, 3)
 SCORES = bundle_scores(R, ONE, 3)
 LOW, HIGH = own_quantiles(SCORES, LEVELS)
-
-
-def group_of(totals, seed=0, step=0, **changed):
-    """One reward, whole groups, no TRL around it."""
-    totals = torch.as_tensor(totals, dtype=torch.float32)
-    zeros = torch.zeros_like(totals)
-    data = {
-        "rewards": totals.unsqueeze(-1),
-        "advantages": zeros,
-        "lengths": zeros,
-        "truncated": zeros.bool(),
-        "reward_names": ["r"],
-        "step": step,
-        "run": RunShape(100, totals.size(1), 1.0),
-        "metrics": Metrics(),
-        "reward_weights": torch.ones(1),
-        "seed": seed,
-    }
-    return Group(**data | changed)
-
-
-def logged(group):
-    """As the trainer logs it: nothing where no weight is."""
-    return {name: float(total[0] / total[1]) for name, total in group.metrics.totals.items() if total[1] > 0}
 
 
 # The card's numbers
@@ -219,7 +195,7 @@ def reference(totals, method, order):
 @pytest.mark.parametrize("quantiles", ["batch", "track", "mix"])
 def test_first_rollout_takes_each_groups_own_quantiles(size, quantiles):
     torch.manual_seed(1)
-    group = group_of(torch.rand(5, 4), seed=7)
+    group = made_group(torch.rand(5, 4), seed=7)
     method = RiskPO(bundle_size=size, quantiles=quantiles)
     found = method.group_advantages(group.advantages, group)
     torch.testing.assert_close(found, reference(group.total, method, pairing(5, 4, 7, 0)))
@@ -229,7 +205,7 @@ def test_first_rollout_takes_each_groups_own_quantiles(size, quantiles):
 def test_tracking_over_rollouts():
     """After the first rollout the quantiles of all its scores, then steps; both with the pairing of their rollout."""
     torch.manual_seed(2)
-    groups = [group_of(torch.rand(4, 8), seed=5) for _ in range(3)]
+    groups = [made_group(torch.rand(4, 8), seed=5) for _ in range(3)]
     method, expected = RiskPO(bundle_size=2), None
     for count, group in enumerate(groups):
         scores = bundle_scores(group.total.gather(1, pairing(4, 8, 5, count)), bundle_of(4, 2), 2)
@@ -242,7 +218,9 @@ def test_tracking_over_rollouts():
                 1, pairing(4, 8, 5, count), paper_advantages(scores, low, high, 0.5).repeat_interleave(2, 0)
             )
             torch.testing.assert_close(found, spread)
-            assert (logged(group)["Qa"], logged(group)["Qb"]) == pytest.approx((float(low), float(high)))
+            assert (logged(group.metrics)["Qa"], logged(group.metrics)["Qb"]) == pytest.approx(
+                (float(low), float(high))
+            )
             expected = tracked(expected, scores, LEVELS, 0.1)
         method.observe(group)
         torch.testing.assert_close(method.state["quantiles"], expected)
@@ -256,9 +234,9 @@ def test_modes_after_the_first_rollout():
         method = RiskPO(bundle_size=2, quantiles=mode)
         if mode != "batch":
             method.state.update(rollouts=1, quantiles=torch.tensor([0.0, 10.0]))
-        group = group_of(torch.ones(2, 4))
+        group = made_group(torch.ones(2, 4))
         method.group_advantages(group.advantages, group)
-        seen[mode] = (logged(group)["Qa"], logged(group)["Qb"])
+        seen[mode] = (logged(group.metrics)["Qa"], logged(group.metrics)["Qb"])
         method.observe(group)
         assert ("quantiles" in method.state) == (mode != "batch")
     assert seen == {"track": (0, 10), "mix": (1, 6), "batch": (2, 2)}
@@ -292,28 +270,28 @@ def test_tracked_quantiles_do_not_cross():
 def test_all_wrong_question(credit, gets):
     """It gets a signal from its bundle, where GRPO has none; not with sum-mean, where its d is 0."""
     totals = torch.tensor([[0.0, 0, 0, 0], [1, 1, 0, 0.5]])
-    group = group_of(totals)
+    group = made_group(totals)
     found = RiskPO(bundle_size=2, credit=credit).group_advantages(group.advantages, group)
     assert bool((found[0] != 0).any()) == gets
-    assert logged(group)["flat_prompts"] == 0.5
-    assert logged(group)["flat_with_signal"] == float(gets)
+    assert logged(group.metrics)["flat_prompts"] == 0.5
+    assert logged(group.metrics)["flat_with_signal"] == float(gets)
 
 
 def test_metrics_of_the_worked_example():
     """B = 1 and one prompt make the scores (2, 1, 2, 0) again: up to Qa 0.6 only 0; between, 1 and both 2 (= Qb)."""
-    group = group_of([[2.0, 1, 2, 0]])
+    group = made_group([[2.0, 1, 2, 0]])
     RiskPO(bundle_size=1, quantiles="batch").group_advantages(group.advantages, group)
     spread = math.sqrt(((2 - 1.25) ** 2 * 2 + 0.25**2 + 1.25**2) / 4)
     expected = {"Qa": 0.6, "Qb": 2, "score_mean": 1.25, "score_std": spread, "cvar": 0, "rvar": 5 / 3, "above": 0}
-    assert {k: v for k, v in logged(group).items() if k in expected} == pytest.approx(expected, abs=1e-6)
-    assert logged(group)["flat_prompts"] == 0 and "flat_with_signal" not in logged(group)
+    assert {k: v for k, v in logged(group.metrics).items() if k in expected} == pytest.approx(expected, abs=1e-6)
+    assert logged(group.metrics)["flat_prompts"] == 0 and "flat_with_signal" not in logged(group.metrics)
 
 
 def test_unscored_responses_and_reward_weights():
     """The second reward counts double; a response that neither function scored has advantage 0 and adds 0."""
     nan = math.nan
     rewards = torch.tensor([[[1.0, 1], [0, 1], [nan, nan], [1, nan]]])
-    group = group_of([[0.0] * 4], rewards=rewards, reward_names=["a", "b"], reward_weights=torch.tensor([1.0, 2.0]))
+    group = made_group(rewards, ["a", "b"], (1.0, 2.0))
     method = RiskPO(bundle_size=1, quantiles="batch")
     found = method.group_advantages(group.advantages, group)
     expected = reference(torch.tensor([[3.0, 2, 0, 1]]), method, pairing(1, 4, 0, 0))

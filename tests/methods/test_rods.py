@@ -10,12 +10,13 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.groups import logged, made_group
 from tests.methods.training import train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
 from trl_ext import checkpoints
 from trl_ext.annotate import endpoint
 from trl_ext.annotate.chat_http import TransientError
-from trl_ext.method import Draw, Group, Metrics, RunShape, Unavailable
+from trl_ext.method import Draw, Metrics, Unavailable
 from trl_ext.methods.grpo import rods
 from trl_ext.methods.grpo.rods import Rods, group_variance
 from trl_ext.plan import PlanError, make_plan
@@ -48,32 +49,13 @@ def by_text(completions, prompts, **kwargs):
 
 def group(progress, drawn=None, **more):
     """(P, G) progress rewards as a Group of one rollout."""
-    progress = torch.as_tensor(progress, dtype=torch.float32)
-    flat = torch.zeros_like(progress)
-    return Group(
-        rewards=progress[..., None],
-        advantages=flat,
-        lengths=flat,
-        truncated=flat.bool(),
-        reward_names=["progress"],
-        step=0,
-        run=RunShape(10, progress.size(1), 1),
-        metrics=Metrics(),
-        reward_weights=torch.ones(1),
-        seed=0,
-        drawn=None if drawn is None else torch.tensor(drawn),
-        **more,
-    )
+    return made_group(progress, ["progress"], drawn=None if drawn is None else torch.tensor(drawn), **more)
 
 
 def draw(count, size, folder=".", **more):
     """What the trainer asks for, of a training set of sums."""
     rows = [{"prompt": [{"role": "user", "content": f"{i} + 1 ="}], "answer": str(i + 1)} for i in range(size)]
     return Draw(count, size, seed=3, step=0, metrics=Metrics(), row=rows.__getitem__, folder=str(folder), **more)
-
-
-def logged(metrics):
-    return {name: float(total[0] / total[1]) for name, total in metrics.totals.items() if total[1] > 0}
 
 
 def lines(folder):

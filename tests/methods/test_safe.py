@@ -12,6 +12,7 @@ import torch
 import trl
 
 import trl_ext
+from tests.methods.groups import logged, made_group
 from tests.methods.spy import spied
 from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
@@ -36,10 +37,6 @@ CARD = {
 }
 RUN = RunShape(100, 2, 1.0)
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
-
-
-def values_of(metrics: Metrics) -> dict[str, float]:
-    return {name: float(total[0] / total[1]) for name, total in metrics.totals.items()}
 
 
 @dataclasses.dataclass
@@ -67,11 +64,8 @@ class FakeInput:
 
 def group(step: int, reward: float, **measured: float) -> Group:
     """Four rollouts around a mean reward; one more was scored by no function."""
-    rewards = torch.tensor([[[reward - 0.1], [reward + 0.1], [math.nan]]])
     own = {k: torch.tensor([[v, 0.0, 0.0]]) for k, v in measured.items()}
-    some = torch.zeros(1, 3)
-    parts = (rewards, some, some, some.bool(), ["r"], step, RUN, Metrics(), torch.ones(1), 0)
-    return Group(*parts, measured=own)
+    return made_group([[reward - 0.1, reward + 0.1, math.nan]], ["r"], step=step, run=RUN, measured=own)
 
 
 def step(method: Safe, at: int, reward: float, kl: float, entropy: float = ENTROPY) -> tuple[Any, dict[str, float]]:
@@ -81,7 +75,7 @@ def step(method: Safe, at: int, reward: float, kl: float, entropy: float = ENTRO
     x = FakeInput(at, kl, entropy)
     added = method.aux_loss(x)
     method.observe_loss(x)
-    return added, values_of(rollout.metrics) | values_of(x.metrics)
+    return added, logged(rollout.metrics) | logged(x.metrics)
 
 
 # The card's numbers
@@ -177,7 +171,7 @@ def test_micro_batches_and_later_passes():
         x = FakeInput(at, 9.0, first_pass=False)
         method.aux_loss(x)
         method.observe_loss(x)
-        log = values_of(x.metrics)
+        log = logged(x.metrics)
         assert log["kl_short"] == pytest.approx(0.1 * (2.0 * 5 + 5.0) / 6) and "kl" not in log
         assert method.state["trackers"]["entropy"] == pytest.approx((1.0 * 5 + 3.0) / 6)
     assert method.state.get("rewards") is None, "the rollout is still the newest"

@@ -9,7 +9,8 @@ import torch
 import trl
 
 import trl_ext
-from tests.methods.attempts import attempt, logged, question, text
+from tests.methods.attempts import attempt, question, text
+from tests.methods.groups import logged
 from tests.methods.spy import spied
 from tests.methods.training import make, train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
