@@ -166,6 +166,70 @@ def test_preference_pairs_become_messages(tmp_path: Path) -> None:
     assert row["rejected"] == [{"role": "assistant", "content": "No."}]
 
 
+def reply(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_labelled_replies_become_messages(tmp_path: Path) -> None:
+    rows = [{"question": "Hi?", "reply": "Hello.", "good": True}, {"question": "Hi?", "reply": "No.", "good": False}]
+    columns = {"prompt": "question", "completion": "reply", "label": "good"}
+    path = save(tmp_path, ".jsonl", rows)
+    data = load_data(recipe(tmp_path, path, trainer="kto", rewards=None, columns=columns, system_prompt="Be kind."))
+    row = data.train[1]
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi?"}]
+    assert row["prompt"] == turns and row["completion"] == reply("No.") and row["label"] is False
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_pairs_become_labelled_replies(tmp_path: Path, prompt: bool) -> None:
+    """With the prompt in a column of its own, or in both replies; the count is that of the replies."""
+    turn = [{"role": "user", "content": "Hi?"}]
+    row = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."}
+    if not prompt:
+        row = {"chosen": turn + reply("Hello."), "rejected": turn + reply("No.")}
+    data = load_data(recipe(tmp_path, save(tmp_path, ".jsonl", [row] * 2), trainer="kto", rewards=None))
+    assert data.rows == 4 and data.train["label"][:] == [True, True, False, False]
+    assert data.train[2]["prompt"] == turn and data.train[2]["completion"] == reply("No.")
+
+
+def test_demonstrations(tmp_path: Path) -> None:
+    def load(row: dict, **keys: object) -> Dataset:
+        return load_data(recipe(tmp_path, save(tmp_path, ".jsonl", [row]), trainer="sft", rewards=None, **keys)).train
+
+    row = load({"q": "Hi?", "completion": "Hello."}, prompt_template="{q} Answer.")[0]
+    assert row["prompt"][0]["content"] == "Hi? Answer." and row["completion"] == reply("Hello.")
+    talk = [{"role": "user", "content": "Hi?"}, *reply("Hello.")]
+    assert load({"talk": talk}, columns={"messages": "talk"})[0] == {"messages": talk}
+    assert load({"text": "Once."})[0] == {"text": "Once."}
+    with pytest.raises(DataError, match="there is no column 'prompt'"):
+        load({"text": "Once."}, max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "row", "message"),
+    [
+        ("kto", {"prompt": "a", "completion": "b"}, "the kto trainer: there is no column 'label'"),
+        ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "label: expected true or false .* has 'good'"),
+        ("sft", {"prompt": "a"}, "the sft trainer: there is no column 'completion'"),
+    ],
+)
+def test_data_that_another_trainer_cannot_learn_from(tmp_path: Path, trainer: str, row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data(recipe(tmp_path, save(tmp_path, ".jsonl", [row]), trainer=trainer, rewards=None))
+
+
+def test_sandbox_labels_with_other_prompts_for_the_bad_ones(tmp_path: Path) -> None:
+    options = {"n": 60, "difficulty": {1: 1}, "bad_difficulty": {"4": 1}, "bad_share": 0.25}
+    made = recipe(tmp_path, "sandbox/labels", trainer="kto", rewards=None, dataset_options=options, eval_rows=3)
+    data = load_data(made)
+    assert {(row["label"], row["level"]) for row in data.train} == {(True, 1), (False, 4)}
+    assert len(data.held_out) == 3 and {row["level"] for row in data.held_out} == {1}
+    with pytest.raises(DataError, match="unknown 'bad_difficulty'"):
+        load_data(recipe(tmp_path, "sandbox/demos", trainer="sft", rewards=None, dataset_options=options))
+    with pytest.raises(DataError, match="bad_share 2 is not a share"):
+        load_data(recipe(tmp_path, "sandbox/labels", trainer="kto", rewards=None, dataset_options={"bad_share": 2}))
+
+
 def test_pairs_that_hold_their_prompt_are_left_to_trl(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi?"}]
     rows = [{"chosen": [*turns, {"role": "assistant", "content": c}], "rejected": turns} for c in "ab"]

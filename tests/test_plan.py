@@ -187,7 +187,7 @@ def test_config_survives_json(tmp_path):
 # Every method, by common properties
 
 
-WITHOUT_DEFAULT = {"fgrpo"}  # its constraints are the user's
+WITHOUT_DEFAULT = {"fgrpo", "nesterov"}  # constraints, and the policy of the round before, are the user's
 
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=str)
@@ -218,19 +218,22 @@ def test_every_number_has_bounds_that_hold(cls):
                 make_plan({cls.name: {name: outside[rule]}}, cls.trainer)
 
 
-PAIR_HOOKS = {"pair_loss", "pair_aux_loss", "observe_pairs"}
+PAIR_HOOKS = {"reference_logps", "pair_loss", "pair_aux_loss", "observe_pairs"}
+LABEL_HOOKS = {"start_labels", "label_loss", "observe_labels"}
 
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=str)
 def test_no_method_changes_a_hook_that_its_trainer_never_calls(cls):
     changed = {hook for hooks in plan.STAGES.values() for hook in hooks if overrides(cls(), hook)}
-    assert changed and (changed <= PAIR_HOOKS if cls.trainer == "dpo" else not changed & PAIR_HOOKS)
+    own = PAIR_HOOKS if cls.trainer == "dpo" else set()
+    own = own | LABEL_HOOKS if "kto" in (cls.trainer, *cls.also_in) else own
+    assert changed and (changed <= own if own else not changed & (PAIR_HOOKS | LABEL_HOOKS))
 
 
 def test_every_hook_has_a_stage():
     """A hook that no stage lists would be missing from the plan that people read."""
     listed = {hook for hooks in plan.STAGES.values() for hook in hooks}
-    declared = {"needs", "check", "cost", "summary"}
+    declared = {"needs", "check", "cost", "summary", "pair_columns", "frozen_models"}
     assert {n for n, v in vars(Method).items() if callable(v) and not n.startswith("_")} == listed | declared
 
 

@@ -111,6 +111,13 @@ def pairs(n: int = 12) -> Dataset:
     )
 
 
+def labelled(n: int = 12) -> Dataset:
+    """The chosen or the rejected text of `pairs`, with a label: two thumbs up for each thumbs down."""
+    both, good = pairs(n), [i % 3 != 0 for i in range(n)]
+    replies = [both["chosen" if up else "rejected"][i] for i, up in enumerate(good)]
+    return Dataset.from_dict({"prompt": both["prompt"][:], "completion": replies, "label": good})
+
+
 def weights(trainer: object) -> dict[str, torch.Tensor]:
     """Copies of the trained parameters."""
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoProcessor
 from trl import get_peft_config, get_quantization_config
 
+import trl_ext
 from trl_ext.data import Data
+from trl_ext.loops import PasoDoble
 from trl_ext.recipe import Recipe, RecipeError
 
 
@@ -62,7 +64,13 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_trainer(recipe: Recipe, model: str, tokenizer: Any, data: Data) -> Any:
-    """Our GRPOTrainer or DPOTrainer for a recipe, its model loaded."""
+    """Our trainer for a recipe, its model loaded; or the loop that makes its data and calls it in rounds."""
+    if recipe.loop is not None and recipe.loop.makes_data:
+        from trl_ext.loops.dstc_run import dstc_trainer
+        from trl_ext.loops.iterative import IterativeTrainer
+
+        make = dstc_trainer if recipe.loop.name == "dstc" else IterativeTrainer
+        return make(recipe, model, tokenizer, data)
     recipe.training_args.model_init_kwargs = model_init_kwargs(recipe)
     common: dict[str, Any] = {
         "args": recipe.training_args,
@@ -72,15 +80,13 @@ def build_trainer(recipe: Recipe, model: str, tokenizer: Any, data: Data) -> Any
         "quantization_config": get_quantization_config(recipe.model_args),
         "peft_config": get_peft_config(recipe.model_args),
     }
-    if recipe.trainer == "dpo":
-        from trl_ext.dpo import DPOTrainer
-
-        trainer: Any = DPOTrainer(model, **common)
+    if recipe.trainer != "grpo":
+        trainer: Any = getattr(trl_ext, f"{recipe.trainer.upper()}Trainer")(model, **common)
     else:
         from trl_ext.grpo import GRPOTrainer
 
         common["tools"] = list(recipe.tools) or None
-        if recipe.loop is not None:
+        if isinstance(recipe.loop, PasoDoble):
             from trl_ext.loops.trainer import PasoDobleTrainer
 
             trainer = PasoDobleTrainer(model, list(recipe.rewards), loop=recipe.loop, **common)

@@ -18,15 +18,17 @@ _DPO_SEAMS = {
     "_compute_loss": ("self", "model", "inputs", "return_outputs"),
     "compute_ref_log_probs": ("self", "model", "inputs"),
 }
+_KTO_SEAMS = _DPO_SEAMS | {"_compute_kl_logps": ("self", "model", "batch")}
 _FORWARD_HEAD = ("self", "model", "input_ids", "attention_mask", "logits_to_keep")
 _FORWARD_KNOWN = (*_FORWARD_HEAD, "batch_size", "compute_entropy", "compute_aux_loss")
+_SEAMS = ((trl.GRPOTrainer, _GRPO_SEAMS), (trl.DPOTrainer, _DPO_SEAMS), (trl.KTOTrainer, _KTO_SEAMS))
 
 
 def check_trl() -> None:
     """Raises ImportError when the installed TRL has other seams than the ones that the tests cover."""
     wrong = [
         f"{cls.__name__}.{name}{inspect.signature(getattr(cls, name))}"
-        for cls, seams in ((trl.GRPOTrainer, _GRPO_SEAMS), (trl.DPOTrainer, _DPO_SEAMS))
+        for cls, seams in _SEAMS
         for name, expected in seams.items()
         if tuple(inspect.signature(getattr(cls, name)).parameters) != expected
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from trl import extract_prompt, unpair_preference_dataset
 
 from trl_ext.data_sources import DataError, evaluates, held_out, load_source, split_names, split_of
 from trl_ext.plan import did_you_mean
@@ -16,6 +17,14 @@ from trl_ext.rewards.checked import Reward
 from trl_ext.rewards.registry import columns_of
 
 _REPLIES = ("chosen", "rejected", "completion")
+_COLUMNS: dict[str, list[tuple[str, ...]]] = {
+    "grpo": [("prompt",)],
+    "dpo": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
+    "kto": [("prompt", "completion", "label"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")],
+    "sft": [("prompt", "completion"), ("messages",), ("text",)],
+}
+"""Trainer -> the columns that it can learn from; the first set that is there is used. Pairs become two labelled rows
+in the kto trainer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ def load_data(recipe: Recipe, count_tokens: Callable[[Any], int] | None = None) 
     source = load_source(recipe)
     train_split, test_split = split_names(recipe)
     raw = split_of(source, train_split)
-    check_rewards(recipe.rewards, ["prompt", "answer"] if recipe.loop else _columns_after(raw, recipe))
+    asked = recipe.loop is not None and not recipe.loop.makes_data  # the loop's questions are all that rewards see
+    check_rewards(recipe.rewards, ["prompt", "answer"] if asked else _columns_after(raw, recipe))
     train = _prepared(raw, recipe)
     before = _length(train)
     train = _short_prompts(train, recipe, count_tokens)
@@ -96,16 +106,44 @@ def _prepared(data: Any, recipe: Recipe) -> Any:
     if template is not None:
         used = template_fields(template)
         _need(list(fields), used, "prompt_template")
-    elif "prompt" not in fields:
-        reads_prompt = recipe.extra.system_prompt is not None or recipe.extra.max_prompt_tokens is not None
-        if recipe.trainer == "dpo" and not reads_prompt and {"chosen", "rejected"} <= set(fields):
-            return _renamed(data, mapping, columns)  # TRL finds the prompt that chosen and rejected share
-        _need(list(fields), ["prompt"], "prompt")
-    _need(list(fields), ["chosen", "rejected"] if recipe.trainer == "dpo" else [], "the dpo trainer")
+    wanted = _wanted(recipe, [*fields, *(["prompt"] if template is not None else [])])
+    if "prompt" not in wanted:
+        return _unpaired(_renamed(data, mapping, columns), recipe, wanted)
     make = _Prompt(template, recipe.extra.system_prompt, fields)
     prepared = data.map(make)
     rest = {ours: theirs for ours, theirs in mapping.items() if ours not in ("prompt", *_REPLIES)}
-    return _renamed(prepared, rest, list(dict.fromkeys([*columns, "prompt"])))
+    return _unpaired(_renamed(prepared, rest, list(dict.fromkeys([*columns, "prompt"]))), recipe, wanted)
+
+
+def _wanted(recipe: Recipe, fields: Sequence[str]) -> tuple[str, ...]:
+    """The columns, under our names, that the trainer, or the loop that makes its data, learns from."""
+    if recipe.loop is not None and recipe.loop.makes_data:
+        _need(list(fields), ["prompt"], "prompt")
+        return ("prompt",)
+    reads_prompt = any(
+        getattr(recipe.extra, key) is not None for key in ("prompt_template", "system_prompt", "max_prompt_tokens")
+    )
+    sets = [s for s in _COLUMNS[recipe.trainer] if "prompt" in s or not reads_prompt]
+    found = next((s for s in sets if set(s) <= set(fields)), None)
+    if found is None:
+        why = "prompt" if "prompt" not in fields and reads_prompt else f"the {recipe.trainer} trainer"
+        nearest = max(sets, key=lambda s: len(set(s) & set(fields)))
+        _need(fields, nearest, why)
+        return nearest
+    return found
+
+
+def _unpaired(data: Any, recipe: Recipe, wanted: Sequence[str]) -> Any:
+    """For the kto trainer: each pair as two labelled rows, by TRL; labels are checked."""
+    if recipe.trainer != "kto" or recipe.loop is not None:
+        return data
+    if "label" not in wanted:
+        data = data if "prompt" in wanted else data.map(extract_prompt)
+        return unpair_preference_dataset(data)
+    label = next(iter(data))["label"]
+    if label not in (0, 1):
+        raise DataError(f"label: expected true or false (thumbs up or down), the first row has {label!r}")
+    return data
 
 
 @dataclass(frozen=True)

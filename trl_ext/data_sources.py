@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 from trl_ext.loops.topics import TOPICS, topics
 from trl_ext.plan import did_you_mean
 from trl_ext.recipe import Recipe
+from trl_ext.sandbox.programs import PROGRAMS
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SANDBOX = "sandbox/"
@@ -36,8 +37,8 @@ def load_source(recipe: Recipe) -> Mapping[str, Any]:
 
             return get_dataset(recipe.dataset_args)
         if name.startswith(SANDBOX):
-            kind = name.removeprefix(SANDBOX)
-            return {split: _sandbox(kind, recipe, split) for split in split_names(recipe)[: 1 + evaluates(recipe)]}
+            kind, options = name.removeprefix(SANDBOX), recipe.extra.dataset_options or {}
+            return {split: _sandbox(kind, options, split) for split in split_names(recipe)[: 1 + evaluates(recipe)]}
         if Path(name).exists():
             return _local(Path(name), script.dataset_streaming, script.dataset_train_split)
         found = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
@@ -48,22 +49,36 @@ def load_source(recipe: Recipe) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {script.dataset_train_split: found}
 
 
-def _sandbox(kind: str, recipe: Recipe, split: str, **options: Any) -> Dataset:
-    """A sandbox data set with the recipe's `dataset_options`, or `options` in their place."""
+def _sandbox(kind: str, options: Mapping[str, Any], split: str) -> Dataset:
+    """A sandbox data set with a recipe's `dataset_options`."""
     from trl_ext.sandbox import dataset
 
-    known, given = ("n", "difficulty", "seed"), recipe.extra.dataset_options or {}
-    if unknown := [str(key) for key in given if key not in known]:
+    known: tuple[str, ...] = ("n", "difficulty", "seed")
+    known += ("bad_difficulty", "bad_share") if kind == "labels" else ()
+    if unknown := [str(key) for key in options if key not in known]:
         near = did_you_mean(unknown[0], known)
         raise DataError(f"dataset_options: unknown '{unknown[0]}'{near} (known: {', '.join(known)})")
-    settings = {**given, **options}
+    settings = {**options}
     if kind == TOPICS:
         return topics(**settings)
-    if isinstance(mix := settings.get("difficulty"), Mapping):
-        settings["difficulty"] = {int(level): float(weight) for level, weight in mix.items()}
+    if kind in PROGRAMS:
+        return _programs(kind, settings)
+    for key in ("difficulty", "bad_difficulty"):
+        if isinstance(mix := settings.get(key), Mapping):
+            settings[key] = {int(level): float(weight) for level, weight in mix.items()}
     try:
         return dataset(kind, split=split, **settings)
     except (ValueError, TypeError) as error:
+        raise DataError(f"{SANDBOX}{kind}: {error}") from error
+
+
+def _programs(kind: str, options: Mapping[str, Any]) -> Dataset:
+    """One-line functions of the sandbox, the same for every split."""
+    if "difficulty" in options:
+        raise DataError("dataset_options: difficulty: the sandbox's programs have none; remove it")
+    try:
+        return PROGRAMS[kind](**options)
+    except ValueError as error:
         raise DataError(f"{SANDBOX}{kind}: {error}") from error
 
 
@@ -105,6 +120,7 @@ def held_out(recipe: Recipe) -> Dataset | None:
     """Problems of the sandbox's test split, for the numbers before and after. They share no text with training."""
     name, wanted = recipe.script_args.dataset_name or "", recipe.extra.eval_rows
     kind = name.removeprefix(SANDBOX)
-    if not name.startswith(SANDBOX) or kind == "mcq" or wanted == 0:
+    if not name.startswith(SANDBOX) or kind in ("mcq", *PROGRAMS) or wanted == 0:
         return None
-    return _sandbox("math", recipe, "test", n=wanted or SANDBOX_EVAL_ROWS, seed=recipe.training_args.seed)
+    own = {key: value for key, value in (recipe.extra.dataset_options or {}).items() if key == "difficulty"}
+    return _sandbox("math", own | {"n": wanted or SANDBOX_EVAL_ROWS, "seed": recipe.training_args.seed}, "test")

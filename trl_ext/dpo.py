@@ -7,19 +7,21 @@ Methods then see both forwards as a `PairInput`, and their losses are added: by 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import trl
 from torch import Tensor
 
-from trl_ext.base import MethodTrainer
 from trl_ext.batch import replaced
 from trl_ext.compat import check_trl
-from trl_ext.forward import captured_hidden, weights_of
+from trl_ext.frozen import FrozenModels
 from trl_ext.grpo import METHODS_HELP
-from trl_ext.method import HIDDEN, REF_LOGPS, REFERENCE, Metrics, PairInput, Setup
+from trl_ext.method import FROZEN, HIDDEN, REF_LOGPS, Metrics, PairInput, ReferenceInput, Setup
 from trl_ext.plan import Plan, PlanError, did_you_mean, make_plan, normalise
+from trl_ext.recording import Forwards, RecordingTrainer
 
 check_trl()
 LOSS_TYPES = (
@@ -71,7 +73,7 @@ def check_losses(args: trl.DPOConfig, plan: Plan) -> None:
             f"f_divergence_type: '{args.f_divergence_type}' is not one of {', '.join(F_DIVERGENCES)}{near}"
         )
     for method in plan.methods:
-        if foreign := sorted(method.needs() - {HIDDEN, REF_LOGPS}):
+        if foreign := sorted(method.needs() - {FROZEN, HIDDEN, REF_LOGPS}):
             problems.append(f"{method.name}: the dpo trainer does not provide {', '.join(foreign)}")
         if REF_LOGPS in method.needs() and args.precompute_ref_log_probs:
             problems.append(
@@ -81,46 +83,131 @@ def check_losses(args: trl.DPOConfig, plan: Plan) -> None:
         raise PlanError(problems)
 
 
-class _Forwards:
-    """What policy and reference returned in one call of TRL's loss."""
+@dataclass(frozen=True)
+class _WithColumns:
+    """A collator that adds the numbers of some columns, which TRL's own drops, as (B,) float32."""
 
-    policy: Any = None
-    reference: Any = None
-    hidden: Tensor | None = None
+    collate: Callable[[Any], dict[str, Any]]
+    columns: tuple[str, ...]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        found = {name: torch.tensor([float(row[name]) for row in rows]) for name in self.columns}
+        return {**self.collate(rows), **found}
 
 
-class DPOTrainer(MethodTrainer, trl.DPOTrainer):  # type: ignore[misc]
+def check_columns(plan: Plan, *data: Any) -> None:
+    """Raises PlanError for a column that a method of `plan` reads and a data set (None: there is none) lacks."""
+    problems = []
+    for each in (d for one in data for d in (one.values() if isinstance(one, dict) else [one]) if d is not None):
+        known = each.column_names or list(next(iter(each)))  # a stream may not know its columns
+        problems += [
+            f"{method.name}: reads the column '{name}', the data set has: {', '.join(known)}{did_you_mean(name, known)}"
+            for method in plan.methods
+            for name in method.pair_columns()
+            if name not in known
+        ]
+    if problems:
+        raise PlanError(dict.fromkeys(problems))
+
+
+class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
     """Drop-in for `trl.DPOTrainer`; `args.methods` names the papers. See `trl_ext.method` for what they may add.
 
     Raises PlanError before the model is loaded when the methods cannot run as configured.
     """
 
     _tag_names = [*trl.DPOTrainer._tag_names, "trl-ext"]
+    _frozen: FrozenModels | None = None
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         self._make_plan("dpo", args)
         if args is not None:
             check_losses(args, self.plan)
+        own = dict(zip(("data_collator", "train_dataset", "eval_dataset"), rest, strict=False)) | kwargs
+        check_columns(self.plan, own.get("train_dataset"), own.get("eval_dataset"))
         super().__init__(model, ref_model, args, *rest, **kwargs)
+        if columns := self._pair_columns():
+            self.data_collator = _WithColumns(self.data_collator, columns)
         self._start_methods(Setup(self.args, engine=self._engine()))
+        if self.precompute_ref_logps:
+            self._frozen = None  # has done its part
+        else:
+            self._frozen_models()
+
+    def _pair_columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for method in self.plan.methods for name in method.pair_columns()))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: Any = self._signature_columns
+        known.extend(name for name in self._pair_columns() if name not in known)
+
+    def _without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What TRL may hand to the model."""
+        own = self._pair_columns()
+        return {key: value for key, value in inputs.items() if key not in own} if own else inputs
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """TRL's, without the methods' columns and with the methods' reference."""
+        return super().compute_ref_log_probs(self._changed(model, False), self._without_columns(inputs))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's. Its cache knows data and reference; what methods make of the reference goes into the key as well, and
+        columns that an earlier reference left are made anew."""
+        changing = self.plan.using("reference_logps")
+        if not changing:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        old = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in dataset.column_names]
+        others = [self._frozen_models().key(method.frozen_models()) for method in changing]
+        with replaced(self, _precompute_model_hash=repr((self._precompute_model_hash, changing, others))):
+            return super()._precompute_ref_logps(dataset.remove_columns(old), name, batch_size)
+
+    def _frozen_models(self) -> FrozenModels:
+        """The models that the methods name, loaded at the first call."""
+        if self._frozen is None:
+            device, autocast = self.accelerator.device, self.accelerator.autocast
+            self._frozen = FrozenModels(self._unwrapped(), self.args, device, autocast)
+            for method in self.plan.methods:
+                self._frozen.load(method.frozen_models())
+        return self._frozen
+
+    def _changed(self, model: Any, training: bool) -> Any:
+        """The reference as TRL calls it, with the log-probs that the methods make of its own."""
+        if not self.plan.using("reference_logps"):
+            return model
+
+        def reference(**kwargs: Any) -> Any:
+            output, labels = model(**kwargs), kwargs["labels"][:, 1:]
+            x = ReferenceInput(
+                mask=labels != -100,
+                training=training,
+                metrics=(training and self._method_metrics) or Metrics(),
+                other=lambda path: self._frozen_models().log_probs(path, kwargs),
+            )
+            own = output.log_probs[:, -labels.size(1) :]  # without the virtual tokens of a prompt adapter
+            output.log_probs = self.plan.fold("reference_logps", own, x)
+            return output
+
+        return reference
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        training = self.model.training
-        # In evaluation a method's own loss is still needed, or `eval_loss` would lack it; nothing else runs there.
-        hooks = ("pair_loss", "pair_aux_loss", "observe_pairs") if training else ("pair_loss",)
+        training, columns = self.model.training, {name: inputs[name] for name in self._pair_columns()}
+        inputs = self._without_columns(inputs)
+        # In evaluation a method's reference and loss are still needed for `eval_loss`; nothing else runs there.
+        hooks = ("reference_logps", "pair_loss", *(("pair_aux_loss", "observe_pairs") if training else ()))
         if not self.plan.using(*hooks):
             return super()._compute_loss(model, inputs, return_outputs)
         losses = list(zip(self.loss_types, self.loss_weights, strict=True))
         theirs = [(name, weight) for name, weight in losses if name in LOSS_TYPES]
-        seen = _Forwards()
+        seen = Forwards()
         with replaced(
             self,
-            ref_model=self._reference_into(seen, self.ref_model),
+            ref_model=self._changed(self._reference_into(seen, self.ref_model), training),
             loss_types=[name for name, _ in theirs],
             loss_weights=[weight for _, weight in theirs],
         ):
             result = super()._compute_loss(self._policy_into(seen, model, inputs), inputs, return_outputs)
-            x = self._pair_input(seen, inputs, training)
+            x = self._pair_input(seen, inputs, columns, training)
         loss, outputs = result if return_outputs else (result, None)
         for name, weight in losses:
             if name not in LOSS_TYPES:
@@ -141,35 +228,9 @@ class DPOTrainer(MethodTrainer, trl.DPOTrainer):  # type: ignore[misc]
             raise ValueError(f"{name}: pair_loss must return one loss per pair, {tuple(x.chosen.shape)}, got {got}")
         return loss
 
-    def _policy_into(self, seen: _Forwards, model: Any, inputs: dict[str, Any]) -> Any:
-        """The policy as TRL calls it; log-probs and, if a method needs them, hidden states are kept in `seen`."""
-        wanted = HIDDEN in self.plan.needs()
-
-        def policy(**kwargs: Any) -> Any:
-            if not kwargs.get("fused_lm_head"):  # TRL recomputes the logits for `compute_metrics`
-                return model(**kwargs)
-            length = inputs["completion_mask"].size(1) - 1
-            with captured_hidden(self._unwrapped(), length, wanted) as hidden:
-                seen.policy = model(**kwargs)
-            seen.hidden = hidden[0] if wanted else None
-            return seen.policy
-
-        return policy
-
-    def _reference_into(self, seen: _Forwards, ref_model: Any) -> Any:
-        """The reference as TRL calls `ref_model`; under PEFT that is the policy with the adapter off, or "ref"."""
-
-        def reference(**kwargs: Any) -> Any:
-            if ref_model is not None:
-                seen.reference = ref_model(**kwargs)
-            else:
-                with weights_of(REFERENCE, self._unwrapped(), None):
-                    seen.reference = self.model(**kwargs)
-            return seen.reference
-
-        return reference
-
-    def _pair_input(self, seen: _Forwards, inputs: dict[str, Any], training: bool) -> PairInput:
+    def _pair_input(
+        self, seen: Forwards, inputs: dict[str, Any], columns: dict[str, Tensor], training: bool
+    ) -> PairInput:
         mask = inputs["completion_mask"][:, 1:]
         chosen, rejected = self._sums(seen.policy, inputs)
         if self.precompute_ref_logps:
@@ -189,6 +250,8 @@ class DPOTrainer(MethodTrainer, trl.DPOTrainer):  # type: ignore[misc]
             metrics=(training and self._method_metrics) or Metrics(),  # evaluation leaves no trace in training's
             policy=None if seen.hidden is None else self._policy_features(seen.hidden),
             gather=self._gather_values,
+            columns=columns,
+            training=training,
         )
 
     def _sums(self, forward: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -197,4 +260,4 @@ class DPOTrainer(MethodTrainer, trl.DPOTrainer):  # type: ignore[misc]
         `compute_ref_log_probs` runs a model without gradient and sums outside that block; here its model answers with
         the finished forward. Call it while `ref_model` is set, since it would switch a PEFT adapter otherwise.
         """
-        return self.compute_ref_log_probs(lambda **kwargs: forward, inputs)
+        return super().compute_ref_log_probs(lambda **kwargs: forward, inputs)

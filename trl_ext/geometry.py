@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    MistralConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
@@ -83,6 +84,7 @@ _QWEN25_7B: dict[str, Any] = {
 }
 PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-Math-1.5B": {
+        "max_position_embeddings": 4096,
         "hidden_size": 1536,
         "num_hidden_layers": 28,
         "num_attention_heads": 12,
@@ -128,8 +130,9 @@ PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "Qwen/Qwen2.5-7B": _QWEN25_7B,
-    "Qwen/Qwen2.5-Math-7B": _QWEN25_7B,
-    "Qwen/Qwen2.5-Math-7B-Instruct": _QWEN25_7B,
+    "Qwen/Qwen2.5-Coder-7B-Instruct": _QWEN25_7B,
+    "Qwen/Qwen2.5-Math-7B": _QWEN25_7B | {"max_position_embeddings": 4096},
+    "Qwen/Qwen2.5-Math-7B-Instruct": _QWEN25_7B | {"max_position_embeddings": 4096},
     "Qwen/Qwen2.5-32B": {
         "hidden_size": 5120,
         "num_hidden_layers": 64,
@@ -142,6 +145,19 @@ PUBLISHED_QWEN25: dict[str, dict[str, Any]] = {
 }
 """The same for Qwen2.5, from memory: their parameter counts agree with the model cards' (a test adds them up)."""
 
+PUBLISHED_MISTRAL: dict[str, dict[str, Any]] = {
+    "mistralai/Mistral-7B-Instruct-v0.2": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+}
 PUBLISHED_VLM: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": {
         "text_config": {
@@ -207,11 +223,13 @@ def model_config(name: str, revision: str | None = None) -> tuple[Any, str | Non
     try:
         return AutoConfig.from_pretrained(name, revision=revision), None
     except OSError:
-        if name not in (*PUBLISHED, *PUBLISHED_QWEN25, *PUBLISHED_VLM):
+        if name not in (*PUBLISHED, *PUBLISHED_QWEN25, *PUBLISHED_MISTRAL, *PUBLISHED_VLM):
             raise
     note = f"{name} was not reachable: its geometry is from the table in trl_ext/geometry.py"
     if name in PUBLISHED_VLM:
         return Qwen2_5_VLConfig(**PUBLISHED_VLM[name]), note
+    if name in PUBLISHED_MISTRAL:
+        return MistralConfig(**PUBLISHED_MISTRAL[name]), note
     if name in PUBLISHED_QWEN25:
         return Qwen2Config(**PUBLISHED_QWEN25[name]), note
     return Qwen3Config(**_QWEN3, **PUBLISHED[name]), note

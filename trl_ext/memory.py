@@ -12,8 +12,10 @@ Assumptions. Every prompt and completion is as long as allowed, so a run usually
 added up although some never live together. One process without sharding or offload. Attention is SDPA with a padding
 mask (none is built with flash attention). Each micro-batch's head runs in TRL's tiles; (B, T, V) is never built.
 HuggingFace generation produces all R rows of a rollout at once. Methods: TEACHER is one more copy of the trained weights
-and one forward without gradient with `NOTE_TOKENS` more; REFERENCE is nothing under LoRA, else a copy; HIDDEN keeps
-(B, T, H) and may build blocks of `forward.LOGITS_BUDGET` entries, of which `BLOCK_COPIES` live at once.
+and one forward without gradient with `NOTE_TOKENS` more; REFERENCE and REF_LOGPS are nothing under LoRA, else a copy;
+FROZEN is a second model, as large and packed as the base, unless its log-probs are computed before training;
+GRADIENT_NOISE is a float32 copy of the gradient; HIDDEN keeps (B, T, H) and may build blocks of `forward.LOGITS_BUDGET`
+entries, of which `BLOCK_COPIES` live at once. SAFE's critic is two heads in float32 with AdamW's moments.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from trl_ext.forward import LOGITS_BUDGET
 from trl_ext.geometry import Shape, model_config, shape_of
-from trl_ext.method import HIDDEN, REFERENCE, TEACHER
+from trl_ext.method import FROZEN, GRADIENT_NOISE, HIDDEN, REF_LOGPS, REFERENCE, TEACHER
 from trl_ext.plan import Plan
 
 GIB = 2**30
@@ -94,25 +98,69 @@ class Prediction:
         """Nothing when the peak is at most `gib` GiB; else the knobs that help, the most effective first."""
         if self.total <= gib * GIB:
             return []
-        saved = [(self.total - other.total, words) for words, other in self.knobs()]
-        return [f"{words} saves {n / GIB:.2f} GiB" for n, words in sorted(saved, reverse=True) if n > 0.01 * GIB]
+        return [
+            f"{words} saves {(self.total - other.total) / GIB:.2f} GiB, {other.total / GIB:.2f} remain"
+            for words, other in self._helpful()
+        ]
+
+    def until_it_fits(self, gib: float) -> tuple[list[str], Prediction]:
+        """(knobs, prediction with all of them turned): the most effective one again and again, until `gib` GiB hold it.
+
+        Stops where no knob helps any more; the prediction then is still too large.
+        """
+        turned, found = [], self
+        while found.total > gib * GIB and (best := found._helpful()):
+            words, found = best[0]
+            turned.append(words)
+        return turned, found
+
+    def _helpful(self) -> list[tuple[str, Prediction]]:
+        """The knobs that save at least 0.01 GiB of the peak, the most effective first."""
+        found = [(words, other) for words, other in self.knobs() if self.total - other.total > 0.01 * GIB]
+        return sorted(found, key=lambda knob: knob[1].total)
+
+    def advice(self, gib: float) -> str:
+        """Whether `gib` GiB hold the peak; if not, what each knob saves, and knobs that suffice together."""
+        if self.total <= gib * GIB:
+            return f"Fits: {self.total / GIB:.2f} of {gib:.4g} GiB at the peak."
+        lines = [f"Does not fit: {self.total / GIB:.2f} GiB at the peak, {gib:.4g} GiB there are. One knob at a time:"]
+        lines += [f"  - {words}" for words in self.fits(gib)]
+        turned, found = self.until_it_fits(gib)
+        if found.total > gib * GIB:
+            return "\n".join(
+                [*lines, f"All together leave {found.total / GIB:.2f} GiB: take a smaller model or more GPUs."]
+            )
+        return "\n".join([*lines, f"Enough, {found.total / GIB:.2f} GiB:", *(f"  {words}" for words in turned)])
 
 
 def predict(recipe: Any) -> Prediction:
     """The prediction for a `recipe.Recipe`. Raises OSError for a model whose config cannot be found."""
     sandbox, length = recipe.model_args.model_name_or_path == "sandbox", recipe.extra.max_prompt_tokens
-    if sandbox:
-        from trl_ext.sandbox.model import WarmStart, sandbox_config, sandbox_tokenizer
-
-        config, note = sandbox_config(sandbox_tokenizer(), WarmStart()), None
-    else:
-        config, note = model_config(recipe.model_args.model_name_or_path, recipe.model_args.model_revision)
+    config, note = config_of(recipe)
     assumed = SANDBOX_PROMPT if sandbox else UNKNOWN_PROMPT
     guess = None if length else f"max_prompt_tokens is not set: prompts of {assumed} tokens assumed"
     vision = "activations of the vision tower are not counted" if hasattr(config, "vision_config") else None
-    notes = tuple(text for text in (note, guess, vision) if text)
-    found = estimate(config, recipe.training_args, recipe.model_args, recipe.plan, length or assumed, notes)
-    return _with_second_player(found) if recipe.loop else found
+    judges = [f"the reward model {name} is not counted" for name in recipe.rewards if isinstance(name, str)]
+    notes = tuple(text for text in (note, guess, vision, *judges) if text)
+    loop, sampled = recipe.loop, (0, 0)
+    if loop is not None and loop.makes_data and loop.vllm_server_base_url is None:
+        sampled = (loop.generation_batch_size, loop.max_completion_length)
+    found = estimate(config, recipe.training_args, recipe.model_args, recipe.plan, length or assumed, notes, sampled)
+    return _with_second_player(found) if loop is not None and not loop.makes_data else found
+
+
+def config_of(recipe: Any) -> tuple[Any, str | None]:
+    """(transformers config of the recipe's model, note on where it comes from). Raises OSError for an unknown one."""
+    if recipe.model_args.model_name_or_path == "sandbox":
+        from trl_ext.sandbox.model import WarmStart, sandbox_config, sandbox_tokenizer
+
+        return sandbox_config(sandbox_tokenizer(), WarmStart()), None
+    return model_config(recipe.model_args.model_name_or_path, recipe.model_args.model_revision)
+
+
+def gpu_here() -> float | None:
+    """GiB of this process's first GPU, or None without one."""
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
 
 
 def _with_second_player(one: Prediction) -> Prediction:
@@ -127,10 +175,20 @@ def _with_second_player(one: Prediction) -> Prediction:
 
 
 def estimate(
-    config: Any, training: Any, model_args: Any, plan: Plan, prompt_length: int, notes: tuple[str, ...] = ()
+    config: Any,
+    training: Any,
+    model_args: Any,
+    plan: Plan,
+    prompt_length: int,
+    notes: tuple[str, ...] = (),
+    sampled: tuple[int, int] = (0, 0),
 ) -> Prediction:
-    """The prediction from a transformers config, TRL's two configurations, the plan and L."""
-    return _added_up(_Run(shape_of(config, model_args), training, model_args, plan, prompt_length), config, notes)
+    """The prediction from a transformers config, TRL's two configurations, the plan and L.
+
+    `sampled`: rows and tokens that a loop around a trainer without rollouts samples at once.
+    """
+    run = _Run(shape_of(config, model_args), training, model_args, plan, prompt_length, sampled)
+    return _added_up(run, config, notes)
 
 
 def _added_up(run: _Run, config: Any, notes: tuple[str, ...] = ()) -> Prediction:
@@ -157,9 +215,17 @@ class _Run:
     plan: Plan
     L: int
 
+    sampled: tuple[int, int] = (0, 0)
+
+    @property
+    def given(self) -> bool:
+        """Whether the replies are in the data (pairs, labelled ones, demonstrations), so that the trainer samples none."""
+        return not hasattr(self.training, "num_generations")
+
     @property
     def pairs(self) -> bool:
-        return not hasattr(self.training, "num_generations")
+        """Whether a row is two replies; KTO's and SFT's is one."""
+        return self.given and not any(hasattr(self.training, key) for key in ("desirable_weight", "packing"))
 
     @property
     def vllm(self) -> bool:
@@ -171,11 +237,11 @@ class _Run:
 
     @property
     def R(self) -> int:
-        return 0 if self.pairs or self.vllm else self.B * self.training.steps_per_generation
+        return 0 if self.given or self.vllm else self.B * self.training.steps_per_generation
 
     @property
     def T(self) -> int:
-        if self.pairs:  # max_length counts prompt and reply together
+        if self.given:  # max_length counts prompt and reply together
             return max((self.training.max_length or 2 * self.L) - self.L, 1)
         return self.training.max_completion_length or 256
 
@@ -218,25 +284,40 @@ def _always(run: _Run) -> Iterator[Line]:
     needs = run.plan.needs()
     if TEACHER in needs:
         yield Line(_ALWAYS, "teacher", s.trained_bytes, "a copy of the trained weights")
-    if not s.adapter and (getattr(run.training, "beta", 0.0) != 0 or REFERENCE in needs):
+    if FROZEN in needs and not getattr(run.training, "precompute_ref_log_probs", False):
+        yield Line(_ALWAYS, "frozen model", s.base_bytes, "as large as the base; one that a method names")
+    if not s.adapter and (getattr(run.training, "beta", 0.0) != 0 or {REFERENCE, REF_LOGPS} & needs):
         yield Line(_ALWAYS, "reference", s.base_bytes, "a second copy of the model")
+    if GRADIENT_NOISE in needs:
+        yield Line(_ALWAYS, "gradient before", 4 * numel, "the accumulated gradient, a float32 copy")
+    if any(getattr(method, "critic", False) for method in run.plan.methods):
+        heads = critic_entries(s.hidden)
+        yield Line(_ALWAYS, "critic", 12 * heads, f"two heads, {heads / 1e6:.1f} M x float32, and AdamW's two moments")
     if run.R:  # ids, masks, log-probs, streams: about 40 bytes
         yield Line(_ALWAYS, "token tensors", run.R * run.S * 40, f"R {run.R} x S {run.S} x 40 bytes")
 
 
+def critic_entries(hidden: int) -> int:
+    """Entries of `critic.new_heads`: a shared norm, two inner matrices (H/4, H) with biases, two outputs."""
+    inner = max(1, hidden // 4)
+    return 2 * hidden + 2 * (inner * hidden + inner) + 2 * (inner + 1)
+
+
 def _rollout(run: _Run) -> Iterator[Line]:
-    return _generation(run, _ROLLOUT, run.L, run.T)
+    if run.given:
+        return _generation(run, _ROLLOUT, run.L, run.sampled[1], run.sampled[0])
+    return _generation(run, _ROLLOUT, run.L, run.T, run.R)
 
 
 def _annotation(run: _Run) -> Iterator[Line]:
     """`annotator: policy` shows each completion to the model again, all rows at once."""
     asking: list[Any] = [m for m in run.plan.methods if getattr(m, "annotator", None) == "policy" and m.needs()]
     answers = [method.max_annotation_tokens for method in asking]
-    return _generation(run, _ANNOTATION, run.S + ANNOTATION_TOKENS, max(answers)) if answers else iter(())
+    return _generation(run, _ANNOTATION, run.S + ANNOTATION_TOKENS, max(answers), run.R) if answers else iter(())
 
 
-def _generation(run: _Run, phase: str, prompt: int, new: int) -> Iterator[Line]:
-    s, R = run.shape, run.R
+def _generation(run: _Run, phase: str, prompt: int, new: int, R: int) -> Iterator[Line]:
+    s = run.shape
     if R == 0:
         return
     size = 2 * s.keys * s.width * s.layers
@@ -365,5 +446,12 @@ def _knobs(training: Any, model_args: Any) -> Iterator[tuple[str, Any, Any]]:
         yield "use_bnb_nested_quant: true", training, turned(model_args, use_bnb_nested_quant=True)
     if model_args.use_peft and model_args.lora_r > 1:
         yield f"lora_r: {model_args.lora_r // 2}", training, turned(model_args, lora_r=model_args.lora_r // 2)
+    if getattr(training, "use_vllm", False) and training.vllm_mode == "colocate":
+        share = training.vllm_gpu_memory_utilization / 2
+        yield (
+            f"vllm_gpu_memory_utilization: {share:g}",
+            turned(training, vllm_gpu_memory_utilization=share),
+            model_args,
+        )
     if model_args.dtype == "float32":
         yield "dtype: bfloat16", training, turned(model_args, dtype="bfloat16")

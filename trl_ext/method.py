@@ -38,9 +38,11 @@ HIDE_PROMPT = "hide_prompt"
 """Forwards without gradient per rollout in which part of the prompt is hidden."""
 REF_LOGPS = "ref_logps"
 """Reference log-probabilities of the sampled tokens: TRL's when `beta` is not zero, else one forward per rollout."""
+FROZEN = "frozen"
+"""Another frozen model in memory, for `reference_logps`; `frozen_models` names it."""
 GRADIENT_NOISE = "gradient_noise"
 """Squared norms of the micro-batches' own gradients, for `observe_gradients`: a copy of the accumulated gradient."""
-NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, HIDE_PROMPT, REF_LOGPS, GRADIENT_NOISE}
+NEEDS = {TEACHER, REFERENCE, HIDDEN, ENTROPY_AT_ROLLOUT, HIDE_PROMPT, REF_LOGPS, FROZEN, GRADIENT_NOISE}
 
 
 def param(
@@ -503,6 +505,27 @@ class PairInput:
 
 
 @dataclass(frozen=True)
+class ReferenceInput:
+    """One micro-batch of preference pairs after the reference's forward: in the loss, or ahead of it when precomputed.
+
+    `mask` (2B, S) bool: tokens of the completions, chosen rows first. `training`: False in evaluation, and ahead of
+    training, where nothing is logged.
+
+    Services: `other(path)` (2B, S): log-probs of the same tokens under the frozen model or adapter in `path`, one of
+    `frozen_models`, 0 where `mask` is 0.
+    """
+
+    mask: Tensor
+    training: bool
+    metrics: Metrics
+    other: Callable[[str], Tensor]
+
+    def for_method(self, name: str) -> ReferenceInput:
+        """The same data; metrics get the method's name as prefix."""
+        return dataclasses.replace(self, metrics=self.metrics.under(name))
+
+
+@dataclass(frozen=True)
 class LabelInput:
     """One micro-batch of labelled completions inside the KTO loss, after the policy's and the reference's forward.
 
@@ -715,6 +738,18 @@ class Method:
     def pair_columns(self) -> tuple[str, ...]:
         """Names of the data set's columns, one number for each pair, that `PairInput.columns` must hold."""
         return ()
+
+    def frozen_models(self) -> tuple[str, ...]:
+        """Folders or Hub names of models, or folders of adapters, that `reference_logps` asks for (declare `FROZEN`)."""
+        return ()
+
+    def reference_logps(self, logps: Tensor, x: ReferenceInput) -> Tensor:
+        """(2B, S) log-probs of TRL's reference -> those that every loss sees as the reference's, TRL's own too; chained.
+
+        Without gradient; in evaluation as well. With `precompute_ref_log_probs` it runs once for each pair, before
+        training.
+        """
+        return logps
 
     def pair_loss(self, x: PairInput) -> Tensor | None:
         """(B,) loss per pair under the method's own name in `loss_type`; weighted by `loss_weights` as TRL's are."""

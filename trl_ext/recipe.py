@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from trl_ext.loops import PasoDoble
+from trl_ext.loops import Loop
 from trl_ext.plan import Plan, did_you_mean, normalise, settings_of
 from trl_ext.recipe_parts import Extra, build_parts, config_classes, named, reward_names
 from trl_ext.rewards.checked import Reward
@@ -54,7 +54,7 @@ class Recipe:
     plan: Plan
     rewards: tuple[Reward | str, ...]
     tools: tuple[Any, ...]
-    loop: PasoDoble | None
+    loop: Loop | None
     not_here: str | None
 
     @property
@@ -64,7 +64,7 @@ class Recipe:
 
     @property
     def trainer(self) -> str:
-        """ "grpo" or "dpo"."""
+        """ "grpo", "dpo", "kto" or "sft"."""
         return self.extra.trainer
 
     @property
@@ -83,13 +83,15 @@ class Recipe:
         if self.loop is not None:
             settings = {key: _plain(getattr(self.loop, key)) for key in fields_of(type(self.loop))}
             full["loop"] = {self.loop.name: settings}
-        return _without_secrets(full)
+        return without_secrets(full)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of that name or path with `--key value` overrides. Raises RecipeError with every problem found."""
     path = find_recipe(name_or_path)
     raw, problems = _read(path, overrides)
+    if "stages" in raw:
+        raise RecipeError(str(path), ["stages: this is a pipeline; trl_ext.loops.stages.load_pipeline reads it"])
     if isinstance(env := raw.get("env"), Mapping):
         os.environ.update({str(key): str(value) for key, value in env.items()})  # as TRL's own parser does
     parts = build_parts({"report_to": "none", "output_dir": f"runs/{path.stem}"} | raw, problems)
@@ -126,13 +128,14 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[st
     problems: list[str] = []
     try:
         for place, value in read_overrides(overrides):
-            _override(raw, place, value)
+            override(raw, place, value)
     except ValueError as error:
         problems += [f"command line: {problem}" for problem in getattr(error, "problems", [str(error)])]
     return {str(key): value for key, value in raw.items()}, problems
 
 
-def _override(raw: dict[str, Any], place: list[str], value: Any) -> None:
+def override(raw: dict[str, Any], place: list[str], value: Any) -> None:
+    """Sets the key at `place` as the command line means it: --no_FLAG, and names without settings under `methods`."""
     if place[0].startswith("no_") and value is True:
         place, value = [place[0].removeprefix("no_")], False  # TRL's way to switch a flag off
     if place[0] == "methods" and len(place) > 1:
@@ -159,8 +162,8 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     """The same without entries whose key says that they are a secret."""
     if isinstance(value, dict):
-        return {k: _without_secrets(v) for k, v in value.items() if not _SECRET.search(k)}
-    return [_without_secrets(v) for v in value] if isinstance(value, list) else value
+        return {k: without_secrets(v) for k, v in value.items() if not _SECRET.search(k)}
+    return [without_secrets(v) for v in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from trl_ext.loops import PasoDoble, make_loop
+from trl_ext.loops import LOOPS, Loop, make_loop
 from trl_ext.method import Setup
 from trl_ext.plan import Plan, PlanError, did_you_mean, make_plan, normalise
 from trl_ext.rewards import make_rewards
@@ -22,7 +22,9 @@ from trl_ext.schedule import group_misfit
 from trl_ext.settings import cast_field, default_of, fields_of, hints_of, read_yaml
 from trl_ext.tools import load_tools
 
-TRAINERS = ("grpo", "dpo")
+TRAINERS = ("grpo", "dpo", "kto", "sft")
+LEARNS_FROM = {"dpo": "chosen and rejected replies", "kto": "labelled replies", "sft": "demonstrations"}
+"""What a trainer without rewards finds in the data."""
 _READ_LATER = ("methods", "rewards", "datasets", "loop")
 """Keys with a reader of their own."""
 
@@ -52,20 +54,25 @@ class Extra:
     eval_rows: int | None = None
     """Rows of the test split that are evaluated; on the sandbox also the problems before and after, 0 for none."""
     dataset_options: dict[str, Any] | None = None
-    """Of the sandbox's data sets: n, difficulty, seed."""
+    """Of the sandbox's data sets: n, difficulty, seed; of sandbox/labels also bad_difficulty, bad_share."""
     env: dict[str, Any] | None = None
     """Environment variables to set, as in TRL's YAML files."""
+    hub_base_model: str | None = None
+    """For `push_to_hub`: the base's name on the Hub where `model_name_or_path` is local."""
+    hub_license: str | None = None
+    """For `push_to_hub`: the Hub's identifier of the licence where the base does not tell."""
 
 
 def config_classes(trainer: str) -> tuple[type, ...]:
     """Our keys, then the configurations that TRL's script of this trainer reads."""
-    if trainer == "dpo":
-        from trl_ext.dpo import DPOConfig
+    return (Extra, training_class(trainer), ModelConfig, GRPOScriptArguments, DatasetMixtureConfig)
 
-        return (Extra, DPOConfig, ModelConfig, GRPOScriptArguments, DatasetMixtureConfig)
-    from trl_ext.grpo import GRPOConfig
 
-    return (Extra, GRPOConfig, ModelConfig, GRPOScriptArguments, DatasetMixtureConfig)
+def training_class(trainer: str) -> type:
+    """The trainer's own configuration."""
+    import trl_ext
+
+    return getattr(trl_ext, f"{trainer.upper()}Config")
 
 
 def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] | None:
@@ -80,11 +87,11 @@ def build_parts(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any] |
     rewards = _rewards(raw, trainer, problems)
     problems += _default_weights(values, rewards)
     not_here = _not_here(values)
-    extra, args, model_args, script_args, dataset_args = (
-        _construct(cls, values | ({"use_cpu": True} if not_here else {}), problems) for cls in classes
-    )
+    plan = _plan(raw.get("methods"), trainer, problems)
+    given = _with_methods(values, trainer, plan) | ({"use_cpu": True} if not_here else {})
+    extra, args, model_args, script_args, dataset_args = (_construct(cls, given, problems) for cls in classes)
     tools = _tools(values.get("tools"), trainer, problems)
-    plan = _plan(raw.get("methods"), trainer, args, rewards, problems)
+    _check_plan(plan, raw.get("methods"), trainer, args, rewards, problems)
     problems += _together(values, trainer, rewards, problems)
     loop = _loop(values, trainer, args, reward_names(rewards), problems)
     if problems:
@@ -120,10 +127,10 @@ def _cast_all(raw: Mapping[str, Any], classes: Sequence[type], problems: list[st
     values: dict[str, Any] = {}
     owners = {key: cls for cls in reversed(classes) for key in fields_of(cls)}
     for key, value in raw.items():
-        if key not in owners:
-            problems.append(f"unknown key '{key}'{did_you_mean(key, owners)}")
-        elif key in _READ_LATER:
+        if key in _READ_LATER:
             values[key] = value
+        elif key not in owners:
+            problems.append(f"unknown key '{key}'{did_you_mean(key, owners)}")
         else:
             choices = fields_of(owners[key])[key].metadata.get("choices")
             try:
@@ -134,8 +141,8 @@ def _cast_all(raw: Mapping[str, Any], classes: Sequence[type], problems: list[st
 
 
 def _construct(cls: type, values: Mapping[str, Any], problems: list[str]) -> Any:
-    """The configuration object, or None with its problem noted. Methods are planned apart, so that both report."""
-    own = {key: copy.deepcopy(values[key]) for key in fields_of(cls) if key in values and key != "methods"}
+    """The configuration object, or None with its problems noted."""
+    own = {key: copy.deepcopy(values[key]) for key in fields_of(cls) if key in values}
     found = _mixture(own.get("datasets")) if cls is DatasetMixtureConfig else []
     if "num_generations" in fields_of(cls):
         full = {key: own.get(key, default_of(f)) for key, f in fields_of(cls).items()}
@@ -197,8 +204,8 @@ def _rewards(raw: Mapping[str, Any], trainer: str, problems: list[str]) -> list[
                 problems.append(f"{key}: {name}: {error}")
     names = reward_names(found)
     problems += [f"rewards: two rewards are called '{n}'" for n in sorted(set(names)) if names.count(n) > 1]
-    if trainer == "dpo" and found:
-        problems.append("rewards: the dpo trainer learns from chosen and rejected replies; remove the rewards")
+    if trainer != "grpo" and found and not raw.get("loop"):
+        problems.append(f"rewards: the {trainer} trainer learns from {LEARNS_FROM[trainer]}; remove the rewards")
     if trainer == "grpo" and not found and len(problems) == before:
         problems.append("rewards: name at least one reward (`rewards`, or TRL's `reward_funcs`)")
     return found
@@ -231,30 +238,62 @@ def _tools(spec: Any, trainer: str, problems: list[str]) -> list[Any]:
     return tools
 
 
-def _plan(spec: Any, trainer: str, args: Any, rewards: Sequence[Reward | str], problems: list[str]) -> Plan | None:
+def _plan(spec: Any, trainer: str, problems: list[str]) -> Plan | None:
+    """The methods by themselves; what depends on the rest of the recipe is checked by `_check_plan`."""
     try:
-        plan = make_plan(spec, trainer)
-        if args is not None:
-            plan.check(Setup(args, reward_names(rewards) if trainer == "grpo" else None))
-            args.methods = normalise(spec)
+        return make_plan(spec, trainer)
     except PlanError as error:
-        problems += [f"methods: {problem.removeprefix('methods: ')}" for problem in error.problems]
+        problems += _as_methods(error)
         return None
-    return plan
+
+
+def _with_methods(values: Mapping[str, Any], trainer: str, plan: Plan | None) -> dict[str, Any]:
+    """What the training configuration gets of `values`: GRPO's methods are checked later, with the rewards.
+
+    DPO's and KTO's `loss_type` may name a method, so these check the two together. Without a plan neither is checked.
+    """
+    left_out: tuple[str, ...] = ("methods",) if trainer in ("grpo", "sft") else ()
+    if plan is None and trainer in ("dpo", "kto"):
+        left_out = ("methods", "loss_type", "loss_weights")
+    return {key: value for key, value in values.items() if key not in left_out}
+
+
+def _check_plan(
+    plan: Plan | None, spec: Any, trainer: str, args: Any, rewards: Sequence[Reward | str], problems: list[str]
+) -> None:
+    """The methods against the whole recipe. DPO's and KTO's configurations did so, which is why `args` is not None."""
+    if plan is None or args is None:
+        return
+    if trainer == "grpo":
+        try:
+            plan.check(Setup(args, reward_names(rewards)))
+        except PlanError as error:
+            problems += _as_methods(error)
+    args.methods = normalise(spec)
+
+
+def _as_methods(error: PlanError) -> list[str]:
+    return [f"methods: {problem.removeprefix('methods: ')}" for problem in error.problems]
 
 
 def _loop(
     values: Mapping[str, Any], trainer: str, args: Any, rewards: Sequence[str], problems: list[str]
-) -> PasoDoble | None:
+) -> Loop | None:
     try:
         loop = make_loop(values.get("loop"))
     except ValueError as error:
         problems += [f"loop: {problem.removeprefix('methods: ')}" for problem in getattr(error, "problems", [error])]
         return None
-    if loop is not None and trainer != "grpo":
-        problems.append(f"loop: {loop.name} drives the grpo trainer; this is {trainer}")
+    if loop is not None and trainer not in loop.trainers:
+        fits = ", ".join(name for name, other in LOOPS.items() if trainer in other.trainers)
+        drives = " or ".join(loop.trainers)
+        problems.append(
+            f"loop: {loop.name} drives the {drives} trainer; this is {trainer} ({fits or 'no loop'} fits it)"
+        )
     elif loop is not None and args is not None:
         found = loop.check(args, rewards, bool(values.get("use_peft")), bool(values.get("tools")))
+        if loop.makes_data and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+            found.append("load_in_4bit, load_in_8bit: adapters are merged between rounds; set them to false")
         problems += [f"loop: {loop.name}: {problem}" for problem in found]
     return loop
 

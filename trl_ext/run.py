@@ -10,12 +10,15 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import AutoConfig
 from trl import get_quantization_config
 
-from trl_ext import run_folder, saved
+from trl_ext import hub, pushing, run_folder, saved
+from trl_ext.advice import advise
 from trl_ext.build import build_trainer, few_threads, load_tokenizer, model_path
 from trl_ext.checkpoints import last_whole
 from trl_ext.data import Data, DataError, load_data
+from trl_ext.loops.labels import balance_warning
 from trl_ext.plan import Plan
 from trl_ext.recipe import Recipe, RecipeError
 from trl_ext.schedule import schedule_of
@@ -44,31 +47,49 @@ def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> RunRes
 
     Raises RecipeError, DataError, PlanError, CheckpointError, RewardError or SavedModelError, each with what to do.
     """
-    watch = Watch()
+    watch, wish = Watch(), pushing.wish_of(recipe)
     if dry_run:
         data = load_data(recipe)
-        return RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data))
+        unbalanced = balance_warning(recipe, data)
+        said = [unbalanced] if unbalanced else []
+        return RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data), warnings=said)
     if recipe.not_here:
         raise RecipeError(str(recipe.path), [recipe.not_here])
     model = model_path(recipe)
     tokenizer = load_tokenizer(recipe, model)
     data = load_data(recipe, _token_counter(recipe, tokenizer))
+    for advice in advise(recipe, _config(recipe, model)) if PartialState().is_main_process else ():
+        watch.say(str(advice))
+    if (unbalanced := balance_warning(recipe, data)) and PartialState().is_main_process:
+        watch.say(unbalanced)
     warn_dropped(watch, data.dropped, data.rows, recipe.extra.max_prompt_tokens)
     result = RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data), warnings=watch.warnings)
     recipe.training_args.output_dir = result.output_dir
     main = PartialState().is_main_process
     if main:
+        if wish is not None:
+            wish = pushing.check(wish, model, result.output_dir)
         _start(recipe, result, data)
     with few_threads(recipe):
         trainer = build_trainer(recipe, model, tokenizer, data)
-        return _Run(recipe, model, data, trainer, watch, result, main).go(resume)
+        return _Run(recipe, model, data, trainer, watch, result, main, wish).go(resume)
+
+
+def _config(recipe: Recipe, model: str) -> Any:
+    kwargs = {
+        "revision": recipe.model_args.model_revision,
+        "trust_remote_code": recipe.training_args.trust_remote_code,
+    }
+    return AutoConfig.from_pretrained(model, **kwargs)
 
 
 def _schedule(recipe: Recipe, data: Data) -> str:
+    in_rounds = recipe.loop is not None and recipe.loop.makes_data
     try:
-        text = schedule_of(recipe.training_args, data.rows).words()
+        text = schedule_of(recipe.training_args, None if in_rounds else data.rows).words()
     except ValueError as error:
         raise DataError(str(error)) from None
+    text = f"each round: {text}" if in_rounds else text
     return f"{text}; {data.dropped} rows left out for their length" if data.dropped else text
 
 
@@ -120,6 +141,7 @@ class _Run:
     watch: Watch
     result: RunResult
     main: bool
+    wish: hub.Wish | None = None
     recorder: Any = None
 
     def go(self, resume: bool) -> RunResult:
@@ -135,6 +157,8 @@ class _Run:
             self._report()
             run_folder.mark(result.output_dir, "finished")
         trainer.end()
+        if self.main and self.wish is not None:
+            result.text += f"\nPublished: {pushing.push(self.wish, result.output_dir).place}"
         return result
 
     def _unwrapped(self) -> Any:
@@ -161,12 +185,16 @@ class _Run:
 
             report.quiet(self.trainer)
             steps = schedule_of(self.trainer.args, self.data.rows).steps or self.trainer.args.max_steps
+            steps = getattr(self.trainer, "total_steps", steps)
             self.recorder = report.Recorder(self.result.output_dir, steps, self.recipe.plan)
             self.trainer.add_callback(self.recorder)
 
     def _fit(self, resume: bool) -> None:
         try:
-            self.trainer.train(resume_from_checkpoint=_checkpoint(self.recipe, resume) or None)
+            checkpoint = _checkpoint(self.recipe, resume)
+            if checkpoint is True and last_whole(self.result.output_dir) is None:
+                checkpoint = False  # the loop's data were begun, the training was not
+            self.trainer.train(resume_from_checkpoint=checkpoint or None)
         except (Exception, KeyboardInterrupt) as error:
             if self.recorder is not None:
                 self.recorder.close()  # the message below must not stand inside the progress bar
@@ -175,6 +203,8 @@ class _Run:
 
     def _how_to_resume(self) -> str:
         kept = last_whole(self.result.output_dir)
+        if kept is None and run_folder.rounds_begun(self.result.output_dir):
+            kept = f"{self.result.output_dir}/rounds"
         if kept is None:
             every = f"every {self.trainer.args.save_steps:g} steps: save_steps"
             return f"No checkpoint was written yet ({every}). The log is in {self.result.output_dir}."
@@ -185,8 +215,6 @@ class _Run:
 
     def _save(self) -> None:
         self.trainer.save_model(self.result.output_dir)
-        if self.trainer.args.push_to_hub:
-            self.trainer.push_to_hub(dataset_name=self.recipe.script_args.dataset_name)
         if self._whole_model and not self.trainer._is_vlm:
             self._check_saved()
         elif self.main:
@@ -197,7 +225,8 @@ class _Run:
     def _check_saved(self) -> None:
         """Loads what was saved beside the trained model and compares log-probabilities."""
         row = next(iter(self.data.train))
-        ids = saved.probe_ids(self.trainer.processing_class, row.get("prompt") or row["chosen"])
+        text = next(row[key] for key in ("prompt", "chosen", "messages", "text") if row.get(key))
+        ids = saved.probe_ids(self.trainer.processing_class, text)
         expected = saved.log_probs(self._unwrapped(), ids)
         init, device = dict(self.trainer.args.model_init_kwargs), self._unwrapped().device
         if (quantization := get_quantization_config(self.recipe.model_args)) is not None:
@@ -210,6 +239,7 @@ class _Run:
         """Frees the trained model and the optimizer, so that a second model fits where one did."""
         for trainer in filter(None, (self.trainer, getattr(self.trainer, "proposer", None))):
             trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer._teacher = None
+            trainer._frozen = None
             trainer.accelerator.free_memory()
         gc.collect()
 
@@ -218,6 +248,7 @@ class _Run:
 
         decode = getattr(self.trainer, "decode_one", None)
         lines = [line for m in self.trainer.plan.methods for line in m.summary(decode)] if decode else []
+        lines += self.trainer.summary() if hasattr(self.trainer, "summary") else []
         self.result.text = report.finish(
             self.result.output_dir, self.recipe, self.recipe.plan, self.result.before, self.result.after, lines
         )

@@ -26,6 +26,11 @@ def finished(folder: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "finished"
 
 
+def rounds_begun(folder: str | Path) -> bool:
+    """Whether a loop in rounds (`trl_ext.loops.round_files`) began there: it goes on from its last whole file."""
+    return (Path(folder) / "rounds" / "settings.json").exists()
+
+
 def new_folder(base: str) -> str:
     """`base`, or the first of base-2, base-3, ... that holds nothing."""
     number, folder = 1, Path(base)
@@ -36,15 +41,15 @@ def new_folder(base: str) -> str:
 
 
 def folder_to_resume(base: str) -> str:
-    """The newest of base, base-2, ... that is not finished and holds a whole checkpoint.
+    """The newest of base, base-2, ... that is not finished and holds a whole checkpoint or rounds.
 
     Raises CheckpointError when there is none, with the state of each folder.
     """
     states = []
-    for folder in reversed(_numbered(Path(base))):
+    for folder in reversed(numbered(Path(base))):
         if finished(folder):
             states.append(f"{folder} is finished")
-        elif last_whole(folder) is None:
+        elif last_whole(folder) is None and not rounds_begun(folder):
             states.append(f"{folder} holds no whole checkpoint")
         else:
             return str(folder)
@@ -54,7 +59,7 @@ def folder_to_resume(base: str) -> str:
     )
 
 
-def _numbered(base: Path) -> list[Path]:
+def numbered(base: Path) -> list[Path]:
     """The existing folders of one base name, oldest number first."""
     pattern = re.compile(rf"{re.escape(base.name)}(?:-(\d+))?")
     found = [(f, pattern.fullmatch(f.name)) for f in base.parent.glob(f"{base.name}*") if f.is_dir()]

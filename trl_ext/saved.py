@@ -45,15 +45,16 @@ def reload(folder: str, base: str, device: torch.device, **init: Any) -> Any:
     if not (Path(folder) / "adapter_config.json").exists():
         whole: Any = AutoModelForCausalLM.from_pretrained(folder, **init)
         return whole.to(device)
-    from peft import PeftModel
-
     model: Any = AutoModelForCausalLM.from_pretrained(base, **init)
     model = keep_trainable(model) if getattr(model, "is_quantized", False) else model.to(device)
-    return _in_saved_precision(PeftModel.from_pretrained(model, folder), folder)
+    return with_adapter(model, folder)
 
 
-def _in_saved_precision(model: Any, folder: str) -> Any:
-    """Adapter weights in the precision of the file: PEFT widens them, and then the adapter computes other numbers."""
+def with_adapter(model: Any, folder: str) -> Any:
+    """`model` with the adapter in `folder`, in the precision of the file: PEFT widens it, which gives other numbers."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, folder)
     weights = load_file(Path(folder) / "adapter_model.safetensors")
     for name, parameter in model.named_parameters():
         if (stored := weights.get(name.replace(".default.", "."))) is not None:

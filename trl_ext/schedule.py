@@ -26,7 +26,12 @@ class Schedule:
     group: int = 1
     micro_batches: int = 1
     iterations: int = 1
-    pairs: bool = False
+    unit: str = "prompts"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether nothing is sampled: the rows are pairs, or labelled or demonstrated replies."""
+        return self.unit != "prompts"
 
     @property
     def completions(self) -> int:
@@ -50,8 +55,8 @@ class Schedule:
     def _pairs(self) -> str:
         devices = f" x {self.processes} processes" if self.processes > 1 else ""
         return (
-            f"{self.micro_batch} pairs{devices} x {self.accumulation} accumulation steps = "
-            f"{self.prompts} pairs per optimizer step"
+            f"{self.micro_batch} {self.unit}{devices} x {self.accumulation} accumulation steps = "
+            f"{self.prompts} {self.unit} per optimizer step"
         )
 
     def _rollout(self) -> str:
@@ -79,7 +84,7 @@ class Schedule:
             return f"{self.epochs:g} epochs; the number of steps depends on the size of the data set"
         seen = round(self.steps / self.steps_per_rollout * self.prompts)
         epochs = f" ({seen / self.rows:.1f} epochs of {self.rows} rows)" if self.rows else ""
-        return f"{_many(self.steps, 'step')} see {seen} {'pairs' if self.pairs else 'prompts'}{epochs}"
+        return f"{_many(self.steps, 'step')} see {seen} {self.unit}{epochs}"
 
 
 def _many(count: int, thing: str) -> str:
@@ -88,13 +93,13 @@ def _many(count: int, thing: str) -> str:
 
 
 def schedule_of(args: Any, rows: int | None = None) -> Schedule:
-    """The schedule of a GRPOConfig or DPOConfig; `rows` in the training set if known.
+    """The schedule of a trainer's configuration; `rows` in the training set if known.
 
     Raises ValueError when the rows do not fill one rollout, with the sizes that would.
     """
-    sizes: dict[str, Any] = {"pairs": not hasattr(args, "num_generations")}
-    if sizes["pairs"]:
-        sizes["micro_batches"] = args.gradient_accumulation_steps
+    sizes: dict[str, Any] = {}
+    if not hasattr(args, "num_generations"):
+        sizes |= {"micro_batches": args.gradient_accumulation_steps, "unit": _unit(args)}
     else:
         sizes |= {
             "group": args.num_generations,
@@ -118,6 +123,12 @@ def schedule_of(args: Any, rows: int | None = None) -> Schedule:
     if partial.steps is None and rows is not None:
         return Schedule(**(vars(partial) | {"steps": _steps(partial, rows)}))
     return partial
+
+
+def _unit(args: Any) -> str:
+    """What a row is to a trainer that samples nothing."""
+    single = hasattr(args, "desirable_weight") or hasattr(args, "completion_only_loss")  # KTO, SFT
+    return "replies" if single else "pairs"
 
 
 def _steps(schedule: Schedule, rows: int) -> int:

@@ -38,7 +38,7 @@ def test_drawn_problems_keep_to_their_level(level: int) -> None:
         assert all(eval(left) == int(right) for left, right in (line.split("=") for line in problem.lines))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "labels"])
 def test_rows_depend_on_the_seed_alone_and_grow_by_appending(kind: str) -> None:
     assert rows(kind, 30, seed=1) == rows(kind, 30, seed=1)
     assert rows(kind, 30, seed=1)[:10] == rows(kind, 10, seed=1)
@@ -68,6 +68,8 @@ def test_difficulty_is_a_level_or_weights() -> None:
         ({"kind": "maths"}, "unknown kind 'maths'"),
         ({"split": "dev"}, "unknown split 'dev'"),
         ({"difficulty": 9}, "unknown level 9"),
+        ({"kind": "math", "bad_share": 0.5}, "bad_share: only labels have thumbs-down rows"),
+        ({"kind": "labels", "bad_share": -0.1}, "bad_share -0.1 is not a share"),
     ],
 )
 def test_unknown_names_are_refused(arguments: dict, message: str) -> None:
@@ -84,12 +86,43 @@ def test_asking_for_more_problems_than_exist_ends(monkeypatch: pytest.MonkeyPatc
 
 def test_preference_rejects_something_worse() -> None:
     faults = {"format": 0, "sum": 0}
-    for row in rows("preference", 200):
+    for row in rows("preferences", 200):
         chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
         assert json.loads(chosen)["answer"] == int(row["answer"])
         assert chosen != rejected
         faults["sum" if json_valid([rejected]) == [1.0] else "format"] += 1
     assert min(faults.values()) > 60
+
+
+def test_labels_tell_careful_from_faulty_answers() -> None:
+    sample = rows("labels", 300)
+    for row in sample:
+        text = row["completion"][0]["content"]
+        right = json_valid([text]) == [1.0] and json.loads(text) == json.loads(rows_solution(row))
+        assert row["label"] == right
+    assert 120 < sum(row["label"] for row in sample) < 180
+    assert sum(row["label"] for row in rows("labels", 300, bad_share=0.1)) > 240
+    assert not any(row["label"] for row in rows("labels", 10, bad_share=1.0))
+    assert len({row["problem"] for row in sample}) == 300
+
+
+def rows_solution(row: dict) -> str:
+    """The solution of a labelled row's problem, from the `math` rows."""
+    return SOLUTIONS[row["problem"]]
+
+
+SOLUTIONS = {row["problem"]: row["solution"] for row in rows("math", 300)}
+
+
+def test_thumbs_down_prompts_may_come_from_elsewhere() -> None:
+    sample = rows("labels", 200, difficulty=1, bad_difficulty={4: 1, 5: 1})
+    assert {row["level"] for row in sample if row["label"]} == {1}
+    assert {row["level"] for row in sample if not row["label"]} == {4, 5}
+
+
+def test_demonstrations_for_sft_are_the_solutions() -> None:
+    for demo, row in zip(rows("demos", 20), rows("math", 20), strict=True):
+        assert demo["prompt"] == row["prompt"] and demo["completion"][0]["content"] == row["solution"]
 
 
 def test_mcq_letter_points_at_the_answer_and_every_letter_occurs() -> None:

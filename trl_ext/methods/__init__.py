@@ -1,6 +1,9 @@
 """The table of methods. Nothing registers itself: a paper is here or it does not exist."""
 
 from trl_ext.method import Method
+from trl_ext.methods.dpo.bco import Bco
+from trl_ext.methods.dpo.dno import Dno
+from trl_ext.methods.dpo.nesterov import Nesterov
 from trl_ext.methods.grpo.capo import Capo
 from trl_ext.methods.grpo.d3s import D3S
 from trl_ext.methods.grpo.dcpo import Dcpo
@@ -53,5 +56,8 @@ METHODS: dict[str, type[Method]] = {
         Hdpo,
         Fgrpo,
         Rods,
+        Bco,
+        Dno,
+        Nesterov,
     )
 }

@@ -33,6 +33,7 @@ CONTENTS = {
     "log.jsonl": "every logged number, one line per log",
     "log.csv": "the same as a table",
     "questions.jsonl": "every question and verdict of the loop",
+    "rounds": "samples, scores, training rows and weights of every round",
     "proposer": "the Proposer's adapter",
     "recipe.yaml": "the recipe with every default filled in",
     "plan.txt": "stages, costs, schedule",
