@@ -1,0 +1,126 @@
+"""Plain values between code and test: round trips, refusals, changes of arguments, exceptions."""
+
+import json
+
+import pytest
+
+from trl_ext.executor import Job, Limits
+from trl_ext.executor.inside import decode, encode, exception, update
+
+QUICK = Limits(wall_s=20)
+VALUES = [
+    *(None, True, 0, -(2**70), 1.5, "tëxt\n", [1, [2.0, None]], (1, (2,)), {1, 2}, frozenset({"a"})),
+    *({"a": 1, 2: [3], (1, 2): {"x": ()}}, b"\x00\xff", bytearray(b"x"), 1 + 2j, range(1, 9, 2)),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_come_back_as_they_were(value):
+    back = decode(json.loads(json.dumps(encode(value))))
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_infinity_and_nan():
+    assert decode(json.loads(json.dumps(encode(float("-inf"))))) == float("-inf")
+    assert decode(json.loads(json.dumps(encode(float("nan"))))) != decode(json.loads(json.dumps(encode(0.0))))
+
+
+def test_iterators_are_read_to_their_end():
+    assert list(decode(encode(x * x for x in range(4)))) == [0, 1, 4, 9]
+    assert list(decode(encode(zip("ab", (1, 2), strict=True)))) == [("a", 1), ("b", 2)]
+
+
+class Same(int):
+    """Equals everything."""
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = int.__hash__
+
+
+@pytest.mark.parametrize("value", [object(), Same(1), [Same(1)], len, {"a": object()}, int], ids=repr)
+def test_other_values_are_refused(value):
+    with pytest.raises(TypeError, match="is no plain value"):
+        encode(value)
+
+
+@pytest.mark.parametrize("data", [{"eval": ["1"]}, {"a": 1, "b": 2}, {}])
+def test_other_messages_are_refused(data):
+    with pytest.raises((KeyError, ValueError)):
+        decode(data)
+
+
+def test_exceptions_by_name():
+    assert type(exception("ValueError", "x")) is ValueError
+    assert type(exception("ZeroDivisionError", "x")) is ZeroDivisionError
+    for name in ("SystemExit", "KeyboardInterrupt", "BaseException", "print", "Missing", "UnicodeDecodeError", None):
+        assert type(exception(name, "x")) is RuntimeError
+
+
+def test_updates_keep_the_object():
+    mine = [3, 1]
+    kept = mine
+    update(mine, [1, 3])
+    assert kept == [1, 3]
+    for before, after in (({1: 2}, {3: 4}), ({1}, {2, 3})):
+        update(before, after)
+        assert before == after
+    update(mine, (9,))
+    assert kept == [1, 3]
+
+
+CASES = {
+    "arguments are changed in place": (
+        "def f(xs, d):\n    xs.sort()\n    d['n'] = len(xs)\n",
+        "a, d = [3, 1, 2], {}\nassert f(a, d) is None\nassert a == [1, 2, 3] and d == {'n': 3}\n",
+        True,
+    ),
+    "exceptions are raised": (
+        "def f(x):\n    raise ValueError('no')\n",
+        "try:\n    f(1)\nexcept ValueError as e:\n    assert 'no' in str(e)\nelse:\n    raise AssertionError\n",
+        True,
+    ),
+    "keywords and defaults": (
+        "def f(a, b=2, *c, **d): return (a, b, c, d)",
+        "assert f(1, k=3) == (1, 2, (), {'k': 3})",
+        True,
+    ),
+    "state is kept between calls": (
+        "seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)\n",
+        "assert [f(5), f(5)] == [1, 2]",
+        True,
+    ),
+    "each job starts anew": (
+        "import os\ndef f(): return os.listdir('/tmp')",
+        "assert f() == []\nopen('/tmp/x', 'w')",
+        True,
+    ),
+    "recursion": ("def f(n): return f(n + 1)", "f(1)", False),
+    "a deep value": ("def f():\n    x = []\n    for _ in range(10**5): x = [x]\n    return x", "f()", False),
+    "a huge number": ("def f(): return 10**6000", "assert f() > 0", False),
+    "no such function": ("def g(): return 1", "assert f() == 1", False),
+    "the code does not load": ("1 / 0", "assert f() == 1", False),
+    "the test does not parse": ("def f(): return 1", "assert f( == 1", False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_jobs(executor, name):
+    code, test, passes = CASES[name]
+    outcome = executor.run(Job(code, test, "f"), QUICK)
+    assert outcome.passed is passes, outcome
+    assert not outcome.timed_out
+
+
+def test_the_reason_names_what_is_wrong(executor):
+    assert executor.run(Job("1 / 0", "f()", "f"), QUICK).reason.startswith("the code does not load: ZeroDivisionError")
+    assert executor.run(Job("x = 1", "f()", "f"), QUICK).reason == "the code does not load: KeyError: 'f'"
+    assert "is no plain value" in executor.run(Job("def f(): return f", "f()", "f"), QUICK).reason
+
+
+def test_what_is_printed_is_kept(executor):
+    outcome = executor.run(Job("print('code')\ndef f(): print('call')", "print('test')\nf()", "f"), QUICK)
+    assert outcome.passed
+    assert sorted(outcome.output.split()) == ["call", "code", "test"]

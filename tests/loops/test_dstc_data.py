@@ -1,0 +1,253 @@
+"""DSTC's build: sampling, running, selecting, what is on disk, going on after a stop, settings of a recipe, one real run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from trl_ext.checkpoints import CheckpointError
+from trl_ext.data_sources import DataError
+from trl_ext.executor import Limits, NoIsolation, make_executor
+from trl_ext.executor.base import Outcome
+from trl_ext.loops import LoopError, dstc_data, make_loop
+from trl_ext.loops.dstc_settings import Dstc
+from trl_ext.recipe import RecipeError, load_recipe
+
+CODES = {
+    "double": [
+        "def double(x):\n    return 2 * x",
+        "def double(x):\n    return x",
+        "def double(x):\n    return x + x + 1",
+    ],
+    "never": ["def never(x):\n    return 1", "def never(x):\n    return 2", "nothing"],
+}
+TESTS = {
+    "double": ["assert double(3) == 6", "assert double(0) == 0", "assert twice(1) == 2", "assert double(1) == 5"],
+    "never": ["assert never(1) == 3", "assert never(0) == 3", "assert never(", "assert never(1) == 3"],
+}
+ROWS = [
+    {"prompt": [{"role": "user", "content": f"Task {name}."}], "entry_point": name} for name in ("double", "never")
+]
+LOOP = Dstc(executor="auto", num_codes=3, num_tests=4, generation_batch_size=4)
+
+
+class Scripted:
+    """A sampler that replies from CODES and TESTS; `asked` notes (entry point, kind, n, seed)."""
+
+    def __init__(self):
+        self.asked = []
+
+    def sample(self, rows, n, drawing, seed):
+        found = []
+        for row in rows:
+            text = row["prompt"][-1]["content"]
+            name = next(name for name in CODES if f"Task {name}." in text)
+            replies = TESTS[name] if "Do not solve" in text else CODES[name]
+            assert len(replies) == n
+            assert f"`{name}`" in text
+            self.asked.append((name, "test" if replies is TESTS[name] else "code", n, seed))
+            found.append([{"text": f"```python\n{reply}\n```", "tokens": [1], "cut": False} for reply in replies])
+        return found
+
+
+class InProcess:
+    """An executor for these harmless texts alone: it runs them right here."""
+
+    name = "in-process"
+
+    def __init__(self, stop_after=None):
+        self.ran, self.stop_after = 0, stop_after
+
+    def run_all(self, jobs, limits=Limits(), at_once=None):
+        if self.stop_after is not None and self.ran >= self.stop_after:
+            raise KeyboardInterrupt
+        self.ran += len(jobs)
+        return [self._run(job) for job in jobs]
+
+    @staticmethod
+    def _run(job):
+        try:
+            exec(f"{job.code}\n{job.test or ''}", {})
+            reason = "passed"
+        except Exception as error:
+            reason = type(error).__name__
+        return Outcome(reason == "passed", False, False, None, "", reason, 0.5)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def built(folder, loop=LOOP, executor=None, sampler=None):
+    return dstc_data.build(ROWS, loop, sampler or Scripted(), executor or InProcess(), str(folder), seed=0, model="m")
+
+
+def test_a_build(tmp_path):
+    double, never = built(tmp_path)
+    # Usable tests of double: 3 = 6, 0 = 0 and the wrong 1 = 5. R = [[1,1,0],[0,1,0],[0,0,0]]: a = 2,1,0 and b = 1,2,0.
+    results = lines_of(tmp_path / "rounds/dstc/part-0001/results.jsonl")[0]
+    assert results["results"] == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert results["reasons"][2] == ["AssertionError"] * 3
+    assert results["dropped"]["tests"] == {"no block": 0, "does not parse": 0, "does not call": 1, "duplicate": 0}
+    assert double["selection"] == {"chosen_code": 0, "chosen_test": 0, "rejected_code": 2, "rejected_test": 1}
+    assert double["chosen"] == (
+        "```python\ndef double(x):\n    return 2 * x\n```\n\n```python\nassert double(3) == 6\n```"
+    )
+    assert double["rejected"].endswith("return x + x + 1\n```\n\n```python\nassert double(0) == 0\n```")
+    assert (double["code_sums"], double["test_sums"]) == ([2, 0], [1, 2])
+    assert never["skipped"] == "no code passes a test"
+
+
+def test_provenance_and_report(tmp_path):
+    built(tmp_path)
+    (sample,) = lines_of(tmp_path / "rounds/dstc/part-0002/samples.jsonl")
+    assert (sample["index"], sample["model"], sample["seed"]) == (1, "m", "0/dstc/2")
+    assert [reply["text"] for reply in sample["codes"]] == [f"```python\n{text}\n```" for text in CODES["never"]]
+    report = json.loads((tmp_path / "rounds/dstc/report.json").read_text())
+    assert (report["instructions"], report["pairs"]) == (2, 1)
+    assert report["skipped"] == {"no code passes a test": 0.5}
+    # never: "nothing" parses as a name and counts as a code; its tests are two, one does not parse, one is a duplicate.
+    assert report["code_pass_rate"] == pytest.approx((2 / 3 + 1 / 3 + 0 + 0 + 0 + 0) / 6)
+    assert report["test_pass_rate"] == pytest.approx((1 / 3 + 2 / 3 + 0 + 0 + 0) / 5)
+    assert report["dropped"]["tests"] == {"does not call": 1, "does not parse": 1, "duplicate": 1}
+    assert (report["chosen_test_sums"], report["rejected_test_sums"]) == ({"1": 1}, {"2": 1})
+    assert (report["runs"], report["seconds"]) == (15, 7.5)
+
+
+def test_a_build_that_stopped_goes_on(tmp_path):
+    whole = built(tmp_path / "a")
+    first = Scripted()
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path / "b", executor=InProcess(stop_after=9), sampler=first)
+    again = Scripted()
+    assert built(tmp_path / "b", sampler=again) == whole
+    assert [name for name, *_ in first.asked] == ["double", "double", "never", "never"]
+    assert again.asked == []  # samples of the second part were whole; only their runs were missing
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.jsonl")]
+    assert len(files) == 6
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_another_build_in_the_folder_is_refused(tmp_path):
+    built(tmp_path)
+    with pytest.raises(CheckpointError, match="selection was 'minimax', is 'random'"):
+        built(
+            tmp_path, loop=Dstc(executor="auto", num_codes=3, num_tests=4, generation_batch_size=4, selection="random")
+        )
+
+
+def test_codes_alone(tmp_path):
+    loop = Dstc(executor="auto", num_codes=3, num_tests=4, generation_batch_size=4, concat=False)
+    assert built(tmp_path, loop=loop)[0]["chosen"] == "```python\ndef double(x):\n    return 2 * x\n```"
+
+
+def test_rows_for_the_trainers(tmp_path):
+    lines = built(tmp_path)
+    (pair,) = dstc_data.training_rows(lines, kto=False, seed=0)
+    assert set(pair) == {"prompt", "chosen", "rejected"}
+    assert pair["prompt"][-1]["content"].startswith("Task double.")
+    assert pair["chosen"] == [{"role": "assistant", "content": lines[0]["chosen"]}]
+    many = [{**lines[0], "index": i, "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+    halves = dstc_data.training_rows(many, kto=True, seed=0)
+    assert set(halves.column_names) == {"prompt", "completion", "label"}
+    texts = [row["completion"][0]["content"] for row in halves]
+    assert sorted(texts) == sorted(f"{kind} {i}" for i in range(20) for kind in ("good", "bad"))
+    assert all(row["label"] == text.startswith("good") for row, text in zip(halves, texts, strict=True))
+    assert texts != [f"{kind} {i}" for i in range(20) for kind in ("good", "bad")]
+    assert texts == [row["completion"][0]["content"] for row in dstc_data.training_rows(many, kto=True, seed=0)]
+
+
+def test_no_pair_at_all(tmp_path):
+    with pytest.raises(DataError, match=r"no pair came out of 1 instructions.*no code passes a test"):
+        dstc_data.build(ROWS[1:], LOOP, Scripted(), InProcess(), str(tmp_path), seed=0, model="m")
+
+
+@pytest.mark.parametrize("name", [None, "not a name", "", 3])
+def test_a_row_needs_its_entry_point(name):
+    with pytest.raises(DataError, match="row 1 has entry_point"):
+        dstc_data.named([ROWS[0], {"prompt": [], "entry_point": name}], None)
+
+
+def test_one_name_for_all():
+    assert [row["entry_point"] for row in dstc_data.named([ROWS[0], {"prompt": []}], "solve")] == ["solve", "solve"]
+    found = Dstc(executor="auto", entry_point="a b").check(args(), [], True)
+    assert found == ["entry_point: 'a b' is no name of a function"]
+
+
+def test_braces_in_a_prompt_stay(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "Return {x} and {0}."}], "entry_point": "f"}
+    assert dstc_data.asked(row, "{prompt} `{entry_point}`")[0]["content"] == "Return {x} and {0}. `f`"
+
+
+@pytest.mark.parametrize("judging", ["separate", "together"])
+def test_on_a_real_executor(tmp_path, judging):
+    try:
+        executor = make_executor("auto")
+    except NoIsolation as error:
+        pytest.skip(str(error))
+    loop = Dstc(executor="auto", num_codes=3, num_tests=4, judging=judging, exec_timeout_s=20)
+    built(tmp_path, loop=loop, executor=executor)
+    (double, never) = lines_of(tmp_path / "rounds/dstc/part-0001/results.jsonl")
+    assert double["results"] == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert double["reasons"][0] == ["passed", "passed", "AssertionError: "]
+    assert never["results"] == [[0, 0]] * 3
+    assert (double["executor"], double["judging"]) == (executor.name, judging)
+
+
+# Settings
+
+
+def args(**changed):
+    return SimpleNamespace(**({"eval_strategy": "no", "world_size": 1} | changed))
+
+
+def test_nothing_is_run_unless_the_recipe_names_an_executor():
+    assert make_loop("dstc").executor == "none"
+    (problem,) = make_loop("dstc").check(args(), [], True)
+    assert problem.startswith("executor: model-written code is run, which is off by default")
+    assert LOOP.check(args(), [], True) == []
+
+
+def test_problems_of_settings():
+    found = LOOP.check(args(eval_strategy="steps", world_size=2), ["math_correct"], True)
+    assert [problem.split(":")[0] for problem in found] == [
+        "rewards",
+        "eval_strategy",
+        "runs in one process",
+    ]
+    odd = Dstc(executor="auto", code_prompt="{prompt} {name}", test_prompt="{prompt} {entry_point} {")
+    found = odd.check(args(), [], True)
+    assert found[:2] == [
+        "code_prompt: it has no {entry_point}",
+        "code_prompt: unknown field {name} (it has: {prompt}, {entry_point})",
+    ]
+    assert found[2].startswith("test_prompt: ")
+    assert found[2].endswith("write {{ and }} for literal braces")
+    for setting in ({"num_codes": 1}, {"selection": "best"}, {"executor": "subprocess"}, {"exec_timeout_s": 0}):
+        with pytest.raises(LoopError, match=next(iter(setting))):
+            make_loop({"dstc": setting})
+
+
+def test_the_limits_of_a_run():
+    limits = Dstc(exec_timeout_s=0.4, memory_mb=128).limits
+    assert (limits.wall_s, limits.cpu_s, limits.memory_mb, limits.processes) == (0.4, 1, 128, 1)
+
+
+def test_a_recipe_says_what_is_wrong(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Add.", "entry_point": "add"}\n')
+    recipe = {
+        "trainer": "dpo",
+        "model_name_or_path": "sandbox",
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "bf16": False,
+        "max_steps": 1,
+        "loop": {"dstc": {}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match="loop: dstc: executor: model-written code is run"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
+    loaded = load_recipe(str(tmp_path / "recipe.yaml"), ["--loop.dstc.executor", "auto"])
+    assert loaded.loop == Dstc(executor="auto")
+    assert "10 codes and 10 tests" in loaded.loop.describe(loaded.training_args)
