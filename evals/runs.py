@@ -46,8 +46,9 @@ class Plan:
 
 
 def newest_run(root: str | Path = RUNS) -> Path | None:
-    """The finished run under `root` that ended last, None when there is none."""
-    ended = [path for path in Path(root).glob("*/status.json") if json.loads(path.read_text())["status"] == "finished"]
+    """The finished run under `root` that ended last, None when there is none. A pipeline of stages is not one run."""
+    found = [path for path in Path(root).glob("*/status.json") if not (path.parent / "pipeline.json").exists()]
+    ended = [path for path in found if json.loads(path.read_text())["status"] == "finished"]
     newest = max(ended, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else newest.parent
 

@@ -83,14 +83,14 @@ def make_judge_consistent(base_url: str, model: str, **endpoint: Any) -> Reward:
 
 
 def _question(prompt: Any, reply: str) -> list[dict[str, str]]:
-    question, reply = _text(prompt)[-MAX_CHARACTERS:], reply[-MAX_CHARACTERS:]
+    question, reply = user_text(prompt)[-MAX_CHARACTERS:], reply[-MAX_CHARACTERS:]
     # No text can hold its own hash, so none can close the frame and speak as the instructions
     bar = "=" * 8 + hashlib.sha256(f"{question}\n{reply}".encode("utf-8", "replace")).hexdigest()[:16]
     parts = ("Question:", bar, question, bar, "Reply:", bar, reply, bar)
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": "\n".join(parts)}]
 
 
-def _text(prompt: Any) -> str:
+def user_text(prompt: Any) -> str:
     """The user's words in a prompt, images left out."""
     if isinstance(prompt, str):
         return prompt

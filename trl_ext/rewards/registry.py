@@ -58,6 +58,7 @@ REWARDS: dict[str, Callable[..., Reward | tuple[Reward, ...]]] = {
     "steps_consistent": _function("trl_ext.rewards.consistency.steps_consistent"),
     "steps_true": _function("trl_ext.rewards.consistency.steps_true"),
     "judge_consistent": _factory("trl_ext.rewards.consistency.make_judge_consistent"),
+    "eva": _factory("trl_ext.rewards.eva.make_eva"),  # eva_accuracy and eva_format
     "json_valid": _function("trl_ext.sandbox.rewards.json_valid"),
     "answer_correct": _function("trl_ext.sandbox.rewards.answer_correct"),
     # TRL's own, under the names of its script
