@@ -319,12 +319,12 @@ def test_generated_readme(tmp_path):
     """Parts are filled in, a second run changes nothing, `--check` notices a stale one, a lost marker is an error."""
     path, folder, papers = tmp_path / "README.md", tmp_path / "results", tmp_path / "papers.md"
     with pytest.raises(SystemExit, match="does not exist yet"):
-        readme.main([], path, folder, papers)
+        readme.main([], path, folder, papers, {})
     path.write_text("# T\n<!-- methods -->\nold\n<!-- /methods -->\n<!-- bench:overhead --><!-- /bench:overhead -->\n")
     with pytest.raises(SystemExit, match="make docs"):
-        readme.main(["--check"], path, folder, papers)
-    readme.main([], path, folder, papers)
-    readme.main(["--check"], path, folder, papers)
+        readme.main(["--check"], path, folder, papers, {})
+    readme.main([], path, folder, papers, {})
+    readme.main(["--check"], path, folder, papers, {})
     text = path.read_text()
     assert "old" not in text and "arxiv.org/abs/2605.10194" in text and "make bench-overhead" in text
     assert (
@@ -333,7 +333,7 @@ def test_generated_readme(tmp_path):
     )
     path.write_text("<!-- methods -->\n")
     with pytest.raises(ValueError, match="has no <!-- /methods -->"):
-        readme.main([], path, folder, papers)
+        readme.main([], path, folder, papers, {})
 
 
 def test_newer_rows_take_the_place_of_stored_ones():

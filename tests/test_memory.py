@@ -16,9 +16,19 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tests.tiny import grpo_args, tiny_path
 from trl_ext import GRPOConfig
+from trl_ext.critic import new_heads
 from trl_ext.forward import Head, per_position
 from trl_ext.geometry import PUBLISHED, PUBLISHED_QWEN25, model_config, packed_bytes, shape_of
-from trl_ext.memory import BLOCK_COPIES, GIB, RESERVE, Prediction, estimate, optimizer_bytes, saved_per_token
+from trl_ext.memory import (
+    BLOCK_COPIES,
+    GIB,
+    RESERVE,
+    Prediction,
+    critic_entries,
+    estimate,
+    optimizer_bytes,
+    saved_per_token,
+)
 from trl_ext.methods.grpo.trace import ERROR, KEY, routed_kl
 from trl_ext.plan import make_plan
 
@@ -390,3 +400,62 @@ def test_knobs_come_in_order_and_do_what_they_say() -> None:
     best = next(i for i, text in enumerate(advice) if text.startswith("max_completion_length"))
     after = predicted("trace", **(sizes | {"max_completion_length": 2048}))
     assert saved[best] == pytest.approx((prediction.total - after.total) / GIB, abs=0.006)
+
+
+def test_knobs_together_are_those_one_by_one() -> None:
+    """The path to a GPU ends where it fits, and each knob on it changes what the ones before left."""
+    prediction = predicted("trace", per_device_train_batch_size=64, max_completion_length=4096)
+    turned, end = prediction.until_it_fits(2.5)
+    assert len(turned) > 1 and end.total <= 2.5 * GIB and end.fits(2.5) == []
+    step = prediction
+    for words in turned:
+        assert step.total > 2.5 * GIB
+        step = dict(step.knobs())[words]
+    assert step.total == end.total
+    assert prediction.until_it_fits(prediction.total / GIB) == ([], prediction)
+    stuck = prediction.advice(0.5)  # less than the reserve alone
+    assert "All together leave" in stuck and "Enough" not in stuck
+
+
+def test_a_reference_for_its_log_probs_alone_is_a_copy_too() -> None:
+    full = {"use_peft": False}
+    assert line(predicted("group_dpo"), "reference") == 0  # the adapter is switched off
+    assert line(predicted("group_dpo", model=full), "reference") == line(predicted(model=full), "base weights")
+
+
+def test_gradient_noise_keeps_the_gradient_in_float32() -> None:
+    prediction = predicted("oblr_po", scale_rewards="none", loss_type="grpo")
+    numel = sum(n for n, _ in shape_of(config(), ModelConfig(dtype="bfloat16", **LORA)).trained)
+    assert line(prediction, "gradient before") == 4 * numel
+    assert line(predicted(), "gradient before") == 0
+
+
+def test_the_critic_is_counted() -> None:
+    heads = sum(value.numel() for value in new_heads(128, 0).values())
+    assert critic_entries(128) == heads
+    own = {"safe": {"critic": True, "kl_from": "rollout"}}
+    assert line(predicted(own), "critic") == 12 * heads
+    assert line(predicted("safe"), "critic") == 0
+
+
+def test_less_for_vllm_leaves_more_for_training() -> None:
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.5}
+    turned = dict(predicted(**vllm).knobs())["vllm_gpu_memory_utilization: 0.25"]
+    assert turned.vllm_share == 0.25
+    assert turned.total == pytest.approx(predicted(**vllm).total * 0.5 / 0.75, rel=1e-6)
+
+
+def test_one_reply_in_a_row_takes_half_of_a_pair() -> None:
+    """DPO's B rows are 2 B sequences, KTO's and SFT's are B; and only a loop makes such a trainer sample."""
+    sizes = {"bf16": True, "fp16": False, "gradient_checkpointing": True, "optim": "adamw_torch", "max_length": 96}
+    sizes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "beta": 0.1}
+    args = ModelConfig(dtype="bfloat16", **LORA)
+
+    def of(sampled: tuple[int, int] = (0, 0), **own) -> Prediction:
+        return estimate(config(), SimpleNamespace(**sizes, **own), args, make_plan(None, "dpo"), 32, (), sampled)
+
+    pair, labelled = of(), of(desirable_weight=1.0)
+    assert line(pair, "checkpoints") == 2 * line(labelled, "checkpoints") == 2 * line(of(packing=False), "checkpoints")
+    assert pair.of("rollout") == 0
+    # 8 rows of 32 + 10 tokens, keys and values of 64 features in 2 bytes, 2 layers and a growing copy of one
+    assert line(of((8, 10)), "KV cache") == 8 * 42 * 2 * 64 * 2 * 3

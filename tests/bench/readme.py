@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md and the paper index: `python -m tests.bench.readme`; with `--check` it only says what is stale.
+"""Writes the generated parts of README.md, the paper index, recipes/README.md and ENGINES.md: `python -m tests.bench.readme`; with `--check` it only says what is stale.
 
 Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`: `bench:overhead`, `bench:evals`, `bench:gpu` and `bench:learning` come
 from tests/bench/results/*.json, `methods` from the classes. A marker pair that is absent is left out.
@@ -18,11 +18,16 @@ from tests.bench.common import RESULTS, ROOT, Interval, quiet, table
 
 quiet()
 
-from tests.bench import evals, gpu, index, learning_report, overhead  # noqa: E402 - after the environment is set
+from tests.bench import engines, evals, gpu, index, learning_report, overhead, recipes  # noqa: E402 - after the environment is set
 from trl_ext.method import Method  # noqa: E402
 from trl_ext.methods import METHODS  # noqa: E402
 from trl_ext.plan import settings_of  # noqa: E402
 
+OTHERS: Mapping[Path, Callable[[], str]] = {
+    ROOT / "recipes" / "README.md": recipes.page,
+    ROOT / "trl_ext" / "methods" / "ENGINES.md": lambda: engines.page(METHODS),
+}
+"""Pages that are generated as a whole, beside README.md and the paper index."""
 MISSING = "No result yet: run `make {target}`."
 
 
@@ -142,6 +147,7 @@ def main(
     readme: Path = ROOT / "README.md",
     folder: Path = RESULTS,
     papers: Path = ROOT / "trl_ext" / "methods" / "README.md",
+    others: Mapping[Path, Callable[[], str]] = OTHERS,
 ) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a file would change")
@@ -149,6 +155,7 @@ def main(
     if not readme.exists():
         sys.exit(f"{readme} does not exist yet: write it with the markers that `--help` names, then run this again.")
     wanted = {readme: fill(readme.read_text(), parts(folder)), papers: index.page(METHODS, evidence(folder))}
+    wanted |= {path: page() for path, page in others.items()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if stale and args.check:
         sys.exit(f"{', '.join(path.name for path in stale)} not current: run `make docs`.")

@@ -118,7 +118,9 @@ EXTRAS: Mapping[str, Extra] = {
     "dcpo": Extra(heads=0.5),  # one projection, of the completions with a positive reward: half of them here
     "capo": Extra(heads=1),  # the top logits
     "safe": Extra(forwards=1, heads=1),  # the reference's log-probs, as `beta` would cost
-    "group_dpo": Extra(forwards=1, heads=1),  # the reference's log-probs; real has no line: its groups fit, but for the row that says so
+    "group_dpo": Extra(
+        forwards=1, heads=1
+    ),  # the reference's log-probs; real has no line: its groups fit, but for the row that says so
     "oblr_po": Extra(forwards=1, heads=1),  # the policy's distributions under the weights that sampled
 }
 """What each method cannot do without. Those that are not here read what TRL's step computes anyway."""

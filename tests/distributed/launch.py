@@ -30,6 +30,22 @@ def two_processes(module: str, out: Path) -> Path:
     return out
 
 
+def accelerate_launch(config: str, words: list[str]) -> None:
+    """`trl-ext WORDS` as `accelerate launch` with recipes/accelerate/CONFIG.yaml starts it, on the CPU."""
+    root = Path(__file__).parents[2]
+    path = root / "recipes" / "accelerate" / f"{config}.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "trl_ext", *words, "--use_cpu", "true", "--ddp_backend", "gloo"],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def save_all(cases: Iterable[str], train: Callable[..., Any]) -> None:
     """The worker's side: each case's weights and log go to the folder that the command line names."""
     torch.set_num_threads(1)

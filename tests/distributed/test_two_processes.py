@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.distributed import distill_worker
-from tests.distributed.launch import two_processes
-from tests.distributed.worker import CASES, train
+from tests.distributed import distill_worker, pair_worker
+from tests.distributed.launch import accelerate_launch, two_processes
+from tests.distributed.worker import CASES, PAIRS, train
 from tests.tiny import weights
+from trl_ext.cli import main
 from trl_ext.methods import METHODS
 
 
@@ -17,7 +21,7 @@ def saved_by_two(tmp_path_factory):
     return two_processes("tests.distributed.worker", tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PAIRS])
 def test_two_processes_equal_one(saved_by_two, tmp_path, case):
     saved = torch.load(saved_by_two / f"{case}.pt", weights_only=True)
     single = train(case, str(tmp_path), processes=1)
@@ -52,3 +56,57 @@ def test_two_processes_distil_as_one(distilled_by_two, tmp_path, case):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
             compared += 1
     assert compared > 30
+
+
+@pytest.fixture(scope="module")
+def paired_by_two(tmp_path_factory):
+    return two_processes("tests.distributed.pair_worker", tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("case", pair_worker.CASES)
+def test_two_processes_learn_from_pairs_and_labels_as_one(paired_by_two, tmp_path, case):
+    """The reward shift is that of the whole batch, whichever process holds its rows."""
+    saved = torch.load(paired_by_two / f"{case}.pt", weights_only=True)
+    single = pair_worker.train(case, str(tmp_path), processes=1)
+    for name, value in weights(single).items():
+        torch.testing.assert_close(saved["weights"][name], value, rtol=2e-3, atol=5e-5)
+    compared = 0
+    for two, one in zip(saved["log"], single.state.log_history, strict=True):
+        for key in (key for key in two if key.split("/")[0] in METHODS):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+            compared += 1
+    assert compared >= 9
+
+
+def test_a_recipe_under_accelerate_launch_equals_one_process(tmp_path):
+    """Pairs are not sampled, so the two must agree: 2 x 8 pairs a step against 16."""
+
+    def words(folder: str, batch: int) -> list[str]:
+        keys = {"max_steps": 2, "optim": "sgd", "learning_rate": 10, "dataset_options.n": 64, "eval_rows": 0}
+        keys |= {"per_device_train_batch_size": batch, "output_dir": tmp_path / folder}
+        return ["train", "sandbox_dpo", *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
+
+    accelerate_launch("ddp", words("two", 8))
+    assert main(words("one", 16)) == 0
+    two, one = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("two", "one"))
+    assert two.keys() == one.keys()
+    moved = 0.0
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=2e-3, atol=5e-5)
+        moved += float(value.abs().sum()) if "lora_B" in name else 0.0
+    assert moved > 0  # lora_B starts at zero
+    assert "8 pairs x 2 processes" in (tmp_path / "two" / "plan.txt").read_text()
+
+
+def test_a_recipe_with_a_method_samples_under_accelerate_launch(tmp_path):
+    """Groups of 16 are split over the two; both steps are logged once, TRACE's numbers with them."""
+    keys = {"max_steps": 2, "per_device_train_batch_size": 8, "max_completion_length": 16, "eval_rows": 0}
+    keys |= {"output_dir": tmp_path / "run"}
+    accelerate_launch("ddp", ["train", "sandbox_trace", *(w for k, v in keys.items() for w in (f"--{k}", str(v)))])
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "reward" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2]
+    assert any(key.startswith("trace/") for key in steps[0])
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert max(float(value.abs().max()) for name, value in saved.items() if "lora_B" in name) > 0
+    assert "on each of 2 processes" in " ".join((tmp_path / "run" / "plan.txt").read_text().split())

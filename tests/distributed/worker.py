@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset, load_from_disk
 
 import trl_ext
 from tests.distributed.launch import save_all
-from tests.tiny import grpo_args, prompts, tiny_path
+from tests.tiny import dpo_args, grpo_args, pairs, prompts, tiny_path
+from trl_ext.dpo import DPOConfig, DPOTrainer
 
 TRACE = {"action": "both", "annotator": "tests.tiny.annotate_first", "clip": None, "coverage": 0.5}
 SAFE = {"kl_base": 0.0, "tau_low": 0.0, "tau_high": 0.0, "kl_short_ema": 0.0, "penalty_strength": 5.0}
@@ -112,6 +115,18 @@ CASES: dict = {
 }
 
 
+PAIRS: dict = {
+    "nesterov": {"methods": {"nesterov": {"alpha": 0.5}}},
+    "nesterov_precomputed": {"methods": {"nesterov": {"alpha": 0.5}}, "precompute_ref_log_probs": True},
+}
+"""Cases of the DPO trainer."""
+
+
+def other_model() -> str:
+    """The tiny model with other weights; built before the processes join."""
+    return tiny_path(initializer_range=0.4)
+
+
 class FixedRollouts(trl_ext.GRPOTrainer):
     """Completions depend on the step and the global row only."""
 
@@ -137,11 +152,36 @@ def reward(completions, **kwargs):
     return [(sum(map(ord, c[0]["content"])) % 97) / 97 for c in completions]
 
 
-def train(case: str, folder: str, processes: int) -> FixedRollouts:
+def train_pairs(case: str, folder: str, processes: int) -> DPOTrainer:
+    """8 pairs a step, of all processes together; plain SGD as in `train`."""
+    settings = dict(PAIRS[case])
+    methods = {name: dict(own) for name, own in settings.pop("methods").items()}
+    if "nesterov" in methods:
+        methods["nesterov"]["previous"] = other_model()
+    kwargs = {"per_device_train_batch_size": 8 // processes, "optim": "sgd", "learning_rate": 0.1}
+    kwargs |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    args = DPOConfig(**dpo_args(folder, **kwargs | settings), methods=methods)
+    trainer = DPOTrainer(tiny_path(), args=args, train_dataset=pairs_on_disk(f"{folder}/pairs-{case}"))
+    trainer.train()
+    return trainer
+
+
+def pairs_on_disk(folder: str) -> Dataset:
+    """TRL's cache of precomputed log-probs lies beside the data, where all processes find it; not so in memory."""
+    state = PartialState()
+    if state.is_main_process:
+        pairs(16).save_to_disk(folder)
+    state.wait_for_everyone()
+    return load_from_disk(folder)
+
+
+def train(case: str, folder: str, processes: int) -> FixedRollouts | DPOTrainer:
     """One group of 8 per rollout unless the case says otherwise: with two processes it is split between them.
 
     Plain SGD: Adam's first steps follow the sign of a gradient, and so the last bit of one that is almost 0.
     """
+    if case in PAIRS:
+        return train_pairs(case, folder, processes)
     settings = dict(CASES[case])
     methods = settings.pop("methods")
     kwargs = {"num_generations": 8, "per_device_train_batch_size": 8 // processes, "optim": "sgd"}
@@ -154,4 +194,5 @@ def train(case: str, folder: str, processes: int) -> FixedRollouts:
 
 
 if __name__ == "__main__":
-    save_all(CASES, train)
+    other_model()
+    save_all({**CASES, **PAIRS}, train)
