@@ -8,7 +8,7 @@ METHODS ?= trace
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train plan eval test lint bench-overhead bench-learning bench-evals bench-gpu docs clean
+.PHONY: train plan eval test lint bench-overhead bench-learning bench-preference bench-evals bench-gpu docs clean
 
 train: .venv/.run
 	$(BIN)/trl-ext train $(RECIPE) $(ARGS)
@@ -30,6 +30,9 @@ bench-overhead: .venv/.dev
 
 bench-learning: .venv/.dev
 	$(BIN)/python -m tests.bench.learning --methods $(METHODS) $(ARGS)
+
+bench-preference: .venv/.dev
+	$(BIN)/python -m tests.bench.preference $(ARGS)
 
 bench-evals: .venv/.dev
 	$(BIN)/python -m tests.bench.evals $(ARGS)
