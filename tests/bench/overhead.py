@@ -142,6 +142,25 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, foot])
 
 
+def page(result: dict[str, Any]) -> str:
+    """The whole result as a page of its own."""
+    return f"# What a step costs\n\nWritten by `make docs` from overhead.json.\n\n{markdown(result)}\n"
+
+
+def ratios(result: dict[str, Any]) -> str:
+    """For the README: step time and peak memory of each variant over stock TRL's, in the shapes that have them all."""
+    shapes = [shape for shape in result["shapes"] if shape["name"] in SHAPES or len(result["shapes"]) == 1]
+    by_shape = [{v["label"]: v for v in shape["variants"]} for shape in shapes]
+    head = ["variant", *(f"{what}, {s['name']}" for s in shapes for what in ("step", "peak memory"))]
+    rows = []
+    for label in by_shape[0]:
+        found = [rows_of.get(label) for rows_of in by_shape]
+        cells = [(f"{v['ratio']['median']:.3f}", f"{v['peak_ratio']:.3f}") if v else ("", "") for v in found]
+        rows.append([label, *(cell for pair in cells for cell in pair)])
+    foot = f"Median of {result['rounds']} rounds, variants taking turns. {machine_text(result['machine'])}."
+    return f"{table(head, rows)}\n\n{foot}"
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: does it work at all?")

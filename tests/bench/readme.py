@@ -25,6 +25,7 @@ from trl_ext.plan import settings_of  # noqa: E402
 
 OTHERS: Mapping[Path, Callable[[], str]] = {
     ROOT / "recipes" / "README.md": recipes.page,
+    RESULTS / "OVERHEAD.md": lambda: _result("overhead", "bench-overhead", overhead.page, RESULTS),
     ROOT / "trl_ext" / "methods" / "ENGINES.md": lambda: engines.page(METHODS),
 }
 """Pages that are generated as a whole, beside README.md and the paper index."""
@@ -33,15 +34,14 @@ MISSING = "No result yet: run `make {target}`."
 
 def methods_table(methods: Mapping[str, type[Method]]) -> str:
     """A line for each method; the paper index says more."""
-    head = ("name", "paper", "stages it changes", "defaults: stated / from code / decided", "not with")
+    head = ("name", "trainer", "paper", "stages it changes", "defaults: stated / from code / decided")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, cls in methods.items():
         title, _, rest = cls.title.partition(": ")
         paper = f"[{title if rest and len(title) < 40 else cls.title}](https://arxiv.org/abs/{cls.paper})"
-        against = ", ".join(f"`{other}`" for other in index.refused(cls, methods))
-        lines.append(
-            f"| [`{name}`](trl_ext/methods/README.md#{name}) | {paper} | {index.stages_of(cls)} | {provenance(cls)} | {against} |"
-        )
+        trainers = ", ".join((cls.trainer, *cls.also_in))
+        link = f"[`{name}`](trl_ext/methods/README.md#{name})"
+        lines.append(f"| {link} | {trainers} | {paper} | {index.stages_of(cls)} | {provenance(cls)} |")
     return "\n".join(lines)
 
 
@@ -78,12 +78,16 @@ def _result(name: str, target: str, show: Callable[[dict[str, Any]], str], folde
 
 def _learning(folder: Path) -> str:
     """A row for each stored learning bench, then what was found of the cards' claims; all else is in the JSON files."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("learning_*.json"))]
+    results = {path: json.loads(path.read_text()) for path in sorted(folder.glob("learning_*.json"))}
     if not results:
         return MISSING.format(target="bench-learning")
-    rows = [_learning_row(result, arm) for result in results for arm in _main_arms(result)]
+    rows = [
+        _learning_row(result, arm, _setting(path, arm))
+        for path, result in results.items()
+        for arm in _main_arms(result)
+    ]
     head = ("method", "held-out accuracy, %", "minus GRPO, points", "minus GRPO, entropy in nats", "curves")
-    foot = "\n".join(dict.fromkeys(learning_report.foot(result) for result in results))
+    foot = "\n".join(dict.fromkeys(learning_report.foot(result) for result in results.values()))
     return "\n\n".join(part for part in (table(head, rows), foot) if part)
 
 
@@ -93,36 +97,62 @@ def evidence(folder: Path) -> dict[str, list[str]]:
     for path in sorted(folder.glob("learning_*.json")):
         result = json.loads(path.read_text())
         for claim in result.get("claims", []):
-            found.setdefault(_main_arms(result)[0], []).append(_claim(claim))
+            arm = _main_arms(result)[0]
+            setting = _setting(path, arm)
+            found.setdefault(arm, []).append(_claim(claim, f"With {setting}: " if setting else ""))
     return found
+
+
+def _setting(path: Path, arm: str) -> str:
+    """What the bench was run with beside the recipe: the end of the file's name, "" for the recipe itself."""
+    return path.stem.removeprefix("learning_").removeprefix(arm).strip("_").replace("_", " ")
+
+
+def _preference(folder: Path) -> str:
+    """A row for each arm of each stored bench of preference data: means, and differences to the first arm."""
+    rows = []
+    for path in sorted(folder.glob("preference_*.json")):
+        result = json.loads(path.read_text())
+        for arm, numbers in result["summary"].items():
+            for key in result.get("shown", ("accuracy",)):
+                found = numbers[key]
+                cells = [_ci(found["mean"]), _ci(found["difference"]) if "difference" in found else ""]
+                rows.append([result["bench"], arm, key, *cells, str(len(result["seeds"]))])
+    head = ("bench", "arm", "number", "mean", "minus the first arm", "seeds")
+    return table(head, rows) if rows else MISSING.format(target="bench-preference")
+
+
+def _ci(found: Mapping[str, float]) -> str:
+    return Interval(**found).text(1, 3)
 
 
 def _main_arms(result: Mapping[str, Any]) -> list[str]:
     return [arm for arm in result["about"]["arms"] if arm != learning_report.BASELINE and "," not in arm]
 
 
-def _learning_row(result: Mapping[str, Any], arm: str) -> list[str]:
+def _learning_row(result: Mapping[str, Any], arm: str, setting: str) -> list[str]:
     found = result["summary"][arm]
     names = (learning_report.ACCURACY, learning_report.ENTROPY)
     cells = [_interval(found[learning_report.ACCURACY.name]["mean"], learning_report.ACCURACY)]
     cells += [_interval(found[metric.name]["minus_grpo"], metric, plus=True) for metric in names]
-    return [f"`{arm}`", *cells, f"[picture](tests/bench/results/{result['picture']})"]
+    return [f"`{arm}`{setting and ', '}{setting}", *cells, f"[picture](tests/bench/results/{result['picture']})"]
 
 
 def _interval(values: Sequence[float] | None, metric: learning_report.Metric, plus: bool = False) -> str:
     return "" if values is None else Interval(*values, 0).text(metric.scale, metric.digits, plus)
 
 
-def _claim(found: Mapping[str, Any]) -> str:
+def _claim(found: Mapping[str, Any], before: str = "") -> str:
     against = "" if isinstance(found["against"], float | int) else f" against {found['against']}"
     numbers = f" ({found['metric']}{against}: {found['found']})" if "found" in found else ""
-    return f"- {found['text']}: **{found['outcome']}**{numbers}."
+    return f"- {before}{found['text']}: **{found['outcome']}**{numbers}."
 
 
 def parts(folder: Path = RESULTS) -> dict[str, str]:
     """Marker -> text."""
     return {
-        "bench:overhead": _result("overhead", "bench-overhead", overhead.markdown, folder),
+        "bench:overhead": _result("overhead", "bench-overhead", overhead.ratios, folder),
+        "bench:preference": _preference(folder),
         "bench:evals": _result("evals", "bench-evals", evals.markdown, folder),
         "bench:gpu": _result("gpu", "bench-gpu", gpu.markdown, folder),
         "bench:learning": _learning(folder),

@@ -287,7 +287,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("make", "settings"), RUNS, ids=str)
+@pytest.mark.parametrize(("make", "settings"), RUNS, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_resume_is_exact(tmp_path, make, settings, lora):
     settings = {**settings, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora": lora}
     whole = make(tmp_path / "whole", **settings)

@@ -11,7 +11,7 @@ import trl
 from transformers import Qwen3ForCausalLM
 
 import trl_ext
-from tests.methods.test_riskpo import group_of, logged
+from tests.methods.groups import logged, made_group
 from tests.methods.training import make, train
 from tests.parity.test_grpo import assert_same
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
@@ -201,11 +201,11 @@ def test_proxy_follows_the_exact_norm(scores):
 
 
 def test_advantages_of_a_group():
-    group = group_of([[1.0, 0, 0, 1]], measured={"W": W.float()})
+    group = made_group([[1.0, 0, 0, 1]], measured={"W": W.float()})
     found = OblrPo().group_advantages(group.advantages, group)
     assert found[0].tolist() == pytest.approx([0.625, -0.375, -0.375, 0.625], abs=1e-6)
     spread = math.sqrt(38 / 3)  # W - 4 = 0, -3, 5, -2
-    assert logged(group) == pytest.approx({"baseline_shift": 0.125, "W_mean": 4, "W_std": spread}, abs=1e-6)
+    assert logged(group.metrics) == pytest.approx({"baseline_shift": 0.125, "W_mean": 4, "W_std": spread}, abs=1e-6)
     found = OblrPo(leave_one_out=True).group_advantages(group.advantages, group)
     assert found[0].tolist() == pytest.approx([0.833333, -0.4, -0.857143, 0.714286], abs=1e-6)
 
@@ -213,7 +213,7 @@ def test_advantages_of_a_group():
 def test_a_response_without_rewards_is_left_out():
     """As if it were not there: 1 and 0 with weights 4 and 1."""
     nan = math.nan
-    group = group_of([[0.0] * 3], rewards=torch.tensor([[[1.0], [0], [nan]]]), measured={"W": W[:, :3].float()})
+    group = made_group([[1.0, 0, nan]], measured={"W": W[:, :3].float()})
     found = OblrPo().group_advantages(group.advantages, group)
     assert found[0].tolist() == pytest.approx([0.2, -0.8, 0], abs=1e-6)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl_ext.loops.dstc_settings import Dstc
+from trl_ext.loops.iterative_settings import Iterative
 from trl_ext.loops.settings import PasoDoble
 from trl_ext.plan import cast_settings, did_you_mean, normalise
 
-LOOPS: dict[str, type[PasoDoble]] = {PasoDoble.name: PasoDoble}
+Loop = PasoDoble | Iterative | Dstc
+LOOPS: dict[str, type[Loop]] = {cls.name: cls for cls in (PasoDoble, Iterative, Dstc)}
 
 
-def make_loop(spec: Any) -> PasoDoble | None:
+def make_loop(spec: Any) -> Loop | None:
     """The settings object for `loop: spec` (a name, or a mapping of one name to settings); None for none.
 
     Raises ValueError with `problems` when the loop or a setting is unknown or out of range.

@@ -24,6 +24,10 @@ class PasoDoble:
     name: ClassVar[str] = "pasodoble"
     title: ClassVar[str] = "PasoDoble: Better LLM Reasoning via Dual-Play"
     paper: ClassVar[str] = "2511.11881"
+    trainers: ClassVar[tuple[str, ...]] = ("grpo",)
+    """The trainers that it can drive."""
+    makes_data: ClassVar[bool] = False
+    """Whether the loop makes what the trainer learns from, so that the data set gives prompts and rewards score."""
 
     schedule: str = param(
         "online",
