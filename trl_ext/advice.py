@@ -23,6 +23,8 @@ SCALE_RANGE = (0.25, 8.0)
 """What alpha / r, the factor of an adapter's update, is usually within: TRL's default is 2. The range is ours."""
 HALF_SPACING = 2.0**-9
 """Half of the spacing of bfloat16's numbers below 2, relative to 1: smaller changes are rounded away."""
+ORDINARY_WIDTH = 256
+"""Hidden size from which a model is no toy. Ours."""
 TYPICAL_WEIGHT = 0.02
 """Size of a weight: transformers' usual `initializer_range`."""
 
@@ -81,15 +83,16 @@ def generation_words(recipe: Any) -> str | None:
     return f"{engine}; {'; '.join(asked)}" if asked else engine
 
 
-def _real(recipe: Any) -> bool:
-    """Whether the model is of ordinary size: the sandbox's has 0.1 M parameters and other habits."""
-    return recipe.model_args.model_name_or_path != "sandbox"
+def _real(recipe: Any, config: Any) -> bool:
+    """Whether the model is of ordinary size: the sandbox's, and what was trained from it, has other habits."""
+    width = getattr(getattr(config, "text_config", config), "hidden_size", ORDINARY_WIDTH)
+    return recipe.model_args.model_name_or_path != "sandbox" and width >= ORDINARY_WIDTH
 
 
 def learning_rate(recipe: Any, config: Any) -> Iterator[Advice]:
     """More than `RATE_SPAN` times above or below TRL's default for this trainer, times `LORA_RATE` for an adapter."""
     args, adapter = recipe.training_args, recipe.model_args.use_peft
-    if not _real(recipe) or "adam" not in str(getattr(args.optim, "value", args.optim)):
+    if not _real(recipe, config) or "adam" not in str(getattr(args.optim, "value", args.optim)):
         return
     default = type(args).__dataclass_fields__["learning_rate"].default
     usual = default * (LORA_RATE if adapter else 1)
@@ -110,7 +113,7 @@ def learning_rate(recipe: Any, config: Any) -> Iterator[Advice]:
 def lost_updates(recipe: Any, config: Any) -> Iterator[Advice]:
     """Full training of bfloat16 weights: an update of about the learning rate is less than half a spacing."""
     args, model = recipe.training_args, recipe.model_args
-    if not _real(recipe) or model.use_peft or model.dtype != "bfloat16":
+    if not _real(recipe, config) or model.use_peft or model.dtype != "bfloat16":
         return
     largest = args.learning_rate / HALF_SPACING
     if largest < TYPICAL_WEIGHT:
@@ -128,7 +131,7 @@ def wide_base(recipe: Any, config: Any) -> Iterator[Advice]:
     """A frozen base in float32 under half-precision compute."""
     args, model = recipe.training_args, recipe.model_args
     packed = model.load_in_4bit or model.load_in_8bit
-    if _real(recipe) and model.use_peft and not packed and model.dtype == "float32" and (args.bf16 or args.fp16):
+    if _real(recipe, config) and model.use_peft and not packed and model.dtype == "float32" and (args.bf16 or args.fp16):
         half = "bfloat16" if args.bf16 else "float16"
         yield Advice(
             "dtype",
@@ -163,7 +166,7 @@ def adapter_scale(recipe: Any, config: Any) -> Iterator[Advice]:
 def adapter_places(recipe: Any, config: Any) -> Iterator[Advice]:
     """PEFT's own choice of matrices is the attention's queries and values."""
     model = recipe.model_args
-    if _real(recipe) and model.use_peft and not model.lora_target_modules:
+    if _real(recipe, config) and model.use_peft and not model.lora_target_modules:
         yield Advice(
             "lora_target_modules",
             "not set",
@@ -223,7 +226,7 @@ def context_length(config: Any) -> int | None:
 def prompt_limit(recipe: Any, config: Any) -> Iterator[Advice]:
     """TRL 1.16 does not cut prompts, so the longest one of the data decides the memory."""
     images = hasattr(config, "vision_config")  # their rows are not counted by text tokens
-    if _real(recipe) and recipe.trainer == "grpo" and recipe.extra.max_prompt_tokens is None and not images:
+    if _real(recipe, config) and recipe.trainer == "grpo" and recipe.extra.max_prompt_tokens is None and not images:
         yield Advice(
             "max_prompt_tokens",
             "not set",

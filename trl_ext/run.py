@@ -243,11 +243,15 @@ class _Run:
             trainer.accelerator.free_memory()
         gc.collect()
 
+    def _decode_one(self, token: int) -> str:
+        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+        return str(tokenizer.decode([token]))
+
     def _report(self) -> None:
         from trl_ext import report
 
-        decode = getattr(self.trainer, "decode_one", None)
-        lines = [line for m in self.trainer.plan.methods for line in m.summary(decode)] if decode else []
+        decode = getattr(self.trainer, "decode_one", self._decode_one)
+        lines = [line for m in self.trainer.plan.methods for line in m.summary(decode)]
         lines += self.trainer.summary() if hasattr(self.trainer, "summary") else []
         self.result.text = report.finish(
             self.result.output_dir, self.recipe, self.recipe.plan, self.result.before, self.result.after, lines

@@ -1,7 +1,7 @@
 """Learning benches of the methods for preference data: `python -m tests.bench.preference NAME --seeds 5 --out DIR`.
 
-Each function of `BENCHES` trains every arm of one comparison for one seed and returns the numbers by arm. One JSON file
-for each bench holds all seeds, the interval of each number, and that of its paired difference to the first arm.
+Each bench trains every arm of one comparison for one seed and returns its numbers by arm. One JSON file for each holds
+all seeds, the interval of each number and of its paired difference to the first arm, and what became of the cards' claims.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.common import quiet, say, t_interval, write_json
+from tests.bench.common import Interval, machine, quiet, say, t_interval, write_json
 
 quiet()
 
 from transformers import PrinterCallback  # noqa: E402 - after the environment is set
 
+from tests.bench import preference_rounds as rounds  # noqa: E402
+from tests.bench.claims import outcome  # noqa: E402
+from tests.bench.stages import stages  # noqa: E402
 from trl_ext.build import build_trainer, few_threads, load_tokenizer, model_path  # noqa: E402
 from trl_ext.data import load_data  # noqa: E402
 from trl_ext.recipe import load_recipe  # noqa: E402
@@ -54,7 +58,7 @@ def trained(
     return {**held, **{key: value for key, value in last.items() if key.startswith(("rewards/", "bco/"))}}
 
 
-def bco_udm(seed: int, steps: int | None = None, eval_rows: int = 200) -> Arms:
+def bco_udm(seed: int, steps: int | None, eval_rows: int) -> Arms:
     """BCO on labels whose thumbs-down prompts are mostly longer problems, with and without re-weighting them.
 
     Held out: problems as those that got thumbs up, which is where UDM matches the bad answers to.
@@ -67,38 +71,147 @@ def bco_udm(seed: int, steps: int | None = None, eval_rows: int = 200) -> Arms:
     }
 
 
-BENCHES: dict[str, Callable[..., Arms]] = {"bco_udm": bco_udm}
+@dataclass(frozen=True)
+class Claim:
+    """A card's words about a number of one arm: compared with the first arm, by seed, or with a number.
+
+    `method`: in whose entry of the paper index it stands; None: in none.
+    """
+
+    method: str | None
+    text: str
+    arm: str
+    number: str
+    expected: str = "above"
+    against: float | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`play(seed, steps, eval_rows)`, the numbers that the README shows, and what the cards claim."""
+
+    play: Callable[[int, int | None, int], Arms]
+    shown: tuple[str, ...]
+    claims: tuple[Claim, ...]
+
+
+ITERATES = tuple(
+    Claim("dno", f"iterate {n} beats iterate {n - 1} by the judge", "alpha 0", f"win_rate/{n}", "above", 0.5)
+    for n in (1, 2, 3)
+)
+BENCHES: Mapping[str, Bench] = {
+    "bco_udm": Bench(
+        bco_udm,
+        ("accuracy", "valid"),
+        (
+            Claim("bco", "distribution matching helps where good and bad prompts differ", "bco, UDM", "accuracy"),
+            Claim("bco", "the same for valid JSON", "bco, UDM", "valid"),
+        ),
+    ),
+    "nesterov": Bench(
+        rounds.nesterov,
+        ("win_rate/1", "win_rate/2", "win_rate/3", "held_out_score/2", "held_out_score/3"),
+        (
+            *ITERATES,
+            Claim("nesterov", "a higher reward after two rounds", "alpha 0.3", "held_out_score/2"),
+            Claim(
+                "nesterov",
+                "two rounds reach what plain rounds reach in three",
+                "alpha 0.3",
+                "two_to_three",
+                "not below",
+                0.0,
+            ),
+        ),
+    ),
+    "dno": Bench(
+        rounds.dno,
+        ("held_out_score/3", "win_rate_over_start/3"),
+        (
+            Claim(
+                "dno",
+                "large-margin pairs beat all pairs at equal steps",
+                "soft, all pairs",
+                "held_out_score/3",
+                "below",
+            ),
+        ),
+    ),
+    "kto_iterative": Bench(rounds.kto, ("held_out_score/1", "held_out_score/2", "held_out_score/3"), ()),
+    "stages": Bench(
+        stages,
+        ("accuracy", "valid", "steps_to_half"),
+        (
+            Claim(None, "the pipeline beats its last stage alone", "sft+kto+grpo", "accuracy"),
+            Claim(
+                None,
+                "fewer GRPO steps to half right than without SFT and KTO",
+                "sft+kto+grpo",
+                "steps_to_half",
+                "below",
+            ),
+        ),
+    ),
+}
 
 
 def summary(by_seed: Sequence[Arms]) -> dict[str, Any]:
-    """arm -> number -> its interval over the seeds, and that of the paired difference to the first arm."""
+    """arm -> number -> its interval over the seeds that have it, and that of the paired difference to the first arm."""
     first = next(iter(by_seed[0]))
     found: dict[str, Any] = {}
     for arm in by_seed[0]:
         found[arm] = {}
-        for key in [k for k in by_seed[0][arm] if all(k in seed[arm] for seed in by_seed)]:
-            found[arm][key] = {"mean": vars(t_interval([seed[arm][key] for seed in by_seed]))}
-            if arm != first and all(key in seed[first] for seed in by_seed):
-                differences = [seed[arm][key] - seed[first][key] for seed in by_seed]
-                found[arm][key]["difference"] = vars(t_interval(differences))
+        for key in dict.fromkeys(key for seed in by_seed for key in seed[arm]):
+            having = [seed for seed in by_seed if key in seed[arm]]
+            found[arm][key] = {"mean": vars(t_interval([seed[arm][key] for seed in having]))}
+            pairs = [seed[arm][key] - seed[first][key] for seed in having if key in seed[first]]
+            if arm != first and pairs:
+                found[arm][key]["difference"] = vars(t_interval(pairs))
     return found
 
 
+def judged(claim: Claim, found: Mapping[str, Any], first: str) -> dict[str, Any]:
+    """What became of a claim, as the learning bench writes it."""
+    said: dict[str, Any] = {
+        "method": claim.method,
+        "text": claim.text,
+        "metric": claim.number,
+        "expected": claim.expected,
+    }
+    said["against"] = first if claim.against is None else claim.against
+    values = found.get(claim.arm, {}).get(claim.number, {}).get("difference" if claim.against is None else "mean")
+    if values is None:
+        return said | {"outcome": "not measured"}
+    interval = Interval(**values)
+    level = 0.0 if claim.against is None else claim.against
+    said["found"] = f"{interval.text(1, 3, claim.against is None)}, {interval.n} seeds"
+    return said | {"outcome": outcome(claim.expected, interval.low, interval.high, level)}
+
+
+def result(name: str, by_seed: Sequence[Arms], about: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is stored of a bench."""
+    found, first = summary(by_seed), next(iter(by_seed[0]))
+    claims = [judged(claim, found, first) for claim in BENCHES[name].claims]
+    shown = list(BENCHES[name].shown)
+    about = {**about, "machine": machine()}
+    return {"bench": name, "about": about, "shown": shown, "seeds": list(by_seed), "summary": found, "claims": claims}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="optimizer steps; without it those of the recipe")
-    parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--steps", type=int, help="optimizer steps (of a round); without it those of the recipe")
+    parser.add_argument("--eval-rows", type=int, default=200, help="held-out problems, where no recipe says")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    by_seed = []
-    for seed in range(args.seeds):
-        by_seed.append(BENCHES[args.bench](seed, args.steps, args.eval_rows))
-        say(f"{args.bench}, seed {seed}: {json.dumps(by_seed[-1])}")
     args.out.mkdir(parents=True, exist_ok=True)
-    content = {"bench": args.bench, "steps": args.steps, "eval_rows": args.eval_rows, "seeds": by_seed}
-    write_json(args.out / f"preference_{args.bench}.json", content | {"summary": summary(by_seed)})
+    by_seed: list[Arms] = []
+    for seed in range(args.seeds):
+        by_seed.append(BENCHES[args.bench].play(seed, args.steps, args.eval_rows))
+        say(f"{args.bench}, seed {seed}: {json.dumps(by_seed[-1])}")
+        about = {"steps": args.steps, "eval_rows": args.eval_rows}
+        write_json(args.out / f"preference_{args.bench}.json", result(args.bench, by_seed, about))
 
 
 if __name__ == "__main__":

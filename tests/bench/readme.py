@@ -92,8 +92,12 @@ def _learning(folder: Path) -> str:
 
 
 def evidence(folder: Path) -> dict[str, list[str]]:
-    """Method -> what the learning benches found of its card's claims."""
+    """Method -> what the benches found of its card's claims."""
     found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("preference_*.json")):
+        for claim in json.loads(path.read_text())["claims"]:
+            if claim["method"] is not None:
+                found.setdefault(claim["method"], []).append(_claim(claim))
     for path in sorted(folder.glob("learning_*.json")):
         result = json.loads(path.read_text())
         for claim in result.get("claims", []):
@@ -110,20 +114,23 @@ def _setting(path: Path, arm: str) -> str:
 
 def _preference(folder: Path) -> str:
     """A row for each arm of each stored bench of preference data: means, and differences to the first arm."""
-    rows = []
+    rows, claims = [], []
     for path in sorted(folder.glob("preference_*.json")):
         result = json.loads(path.read_text())
         for arm, numbers in result["summary"].items():
-            for key in result.get("shown", ("accuracy",)):
+            for key in (key for key in result["shown"] if key in numbers):
                 found = numbers[key]
-                cells = [_ci(found["mean"]), _ci(found["difference"]) if "difference" in found else ""]
-                rows.append([result["bench"], arm, key, *cells, str(len(result["seeds"]))])
+                cells = [_ci(found["mean"]), _ci(found["difference"], plus=True) if "difference" in found else ""]
+                rows.append([result["bench"], arm, key, *cells, str(found["mean"]["n"])])
+        claims += [_claim(claim) for claim in result["claims"]]
+    if not rows:
+        return MISSING.format(target="bench-preference")
     head = ("bench", "arm", "number", "mean", "minus the first arm", "seeds")
-    return table(head, rows) if rows else MISSING.format(target="bench-preference")
+    return "\n\n".join([table(head, rows), "\n".join(claims)])
 
 
-def _ci(found: Mapping[str, float]) -> str:
-    return Interval(**found).text(1, 3)
+def _ci(found: Mapping[str, Any], plus: bool = False) -> str:
+    return Interval(**found).text(1, 3, plus)
 
 
 def _main_arms(result: Mapping[str, Any]) -> list[str]:

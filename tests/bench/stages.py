@@ -1,23 +1,20 @@
-"""Do SFT and KTO before GRPO pay? `python -m tests.bench.stages --seeds 5 --out DIR`.
+"""Do SFT and KTO before GRPO pay? For `tests.bench.preference`.
 
 Three chains of the recipe `sandbox_stages` with the same GRPO stage, for the same number of GRPO steps: GRPO alone, SFT then
 GRPO, SFT then KTO then GRPO. Asked: accuracy and validity at the end on the same held-out problems, and the first GRPO step
 whose accuracy (training rollouts, mean of `WINDOW` steps) reaches a level; the card expects fewer steps with KTO than
-without. The stages before GRPO are extra training, so their steps and seconds are reported as well.
+without. The stages before GRPO are extra training.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.common import quiet, say, t_interval, write_json
+from tests.bench.common import quiet
 
 quiet()
 
@@ -35,7 +32,7 @@ EVAL = {"rows": 100, "seed": 1_000_003}
 REWARD = "rewards/answer_correct/mean"
 WINDOW = 3
 """Steps that are averaged: one rollout has 16 prompts, whose difficulty differs more than the policy of three steps."""
-LEVELS = (0.4, 0.5, 0.6)
+LEVELS = {"steps_to_0.4": 0.4, "steps_to_half": 0.5, "steps_to_0.6": 0.6}
 
 
 def reached(values: Sequence[float], level: float, window: int = WINDOW) -> int | None:
@@ -58,56 +55,21 @@ def recipe_of(arm: str, seed: int, folder: Path) -> Path:
     return path
 
 
-def run(arm: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One chain: scores after each stage, the GRPO curve, steps and seconds of training per stage."""
-    cpu = time.process_time()
+def run(arm: str, seed: int, folder: Path) -> dict[str, float]:
+    """One chain: accuracy and validity at the end, and the GRPO steps to each level of `LEVELS` that was reached."""
     result = run_pipeline(load_pipeline(str(recipe_of(arm, seed, folder))))
     out = Path(result.output_dir)
     state = json.loads((out / "pipeline.json").read_text())
-    number = len(ARMS[arm])
-    done = stage_run(out, f"{number}_grpo")
+    done = stage_run(out, f"{len(ARMS[arm])}_grpo")
     assert done is not None
     curve = files.series(files.read_log(done), REWARD)[1]
-    scores = {s["stage"]: {m: v["mean"] for m, v in s["scores"].items()} for s in state["stages"]}
-    return {
-        "scores": scores,
-        "final": scores[f"{number}_grpo"],
-        "grpo_curve": curve,
-        "reached": {str(level): reached(curve, level) for level in LEVELS},
-        "steps": {s["stage"]: s["steps"] for s in state["stages"][1:]},
-        "seconds": {s["stage"]: s["seconds"] for s in state["stages"][1:]},
-        "cpu_seconds": time.process_time() - cpu,
-    }
+    scores = {measure: value["mean"] for measure, value in state["stages"][-1]["scores"].items()}
+    found = {"accuracy": scores["accuracy"], "valid": scores["validity"]}
+    steps = {name: reached(curve, level) for name, level in LEVELS.items()}
+    return found | {name: float(step) for name, step in steps.items() if step is not None}
 
 
-def differences(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Final scores of one arm minus those of another, paired by seed, with the 95 % t interval over seeds."""
-    found: dict[str, Any] = {}
-    for first, second in (("grpo", "sft+kto+grpo"), ("sft+grpo", "sft+kto+grpo"), ("grpo", "sft+grpo")):
-        for measure in ("accuracy", "validity"):
-            pairs = zip(runs[first], runs[second], strict=True)
-            change = [b["final"][measure] - a["final"][measure] for a, b in pairs]
-            found[f"{second} - {first}: {measure}"] = {"by_seed": change, **vars(t_interval(change))}
-    return found
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs all arms of all seeds and writes stages.json after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
-    parser.add_argument("--out", required=True, help="folder for stages.json")
-    args = parser.parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            for arm in ARMS:
-                runs[arm].append(run(arm, seed, Path(folder)))
-                say(f"seed {seed} {arm}: {runs[arm][-1]['final']}")
-        summary = {"recipe": RECIPE, "eval": EVAL, "seeds": seed + 1, "cpus": os.cpu_count(), "runs": runs}
-        write_json(out / "stages.json", summary | {"differences": differences(runs)})
-
-
-if __name__ == "__main__":
-    main()
+def stages(seed: int, steps: int | None, eval_rows: int) -> dict[str, dict[str, float]]:
+    """The arms of one seed; steps and problems are the recipe's and `EVAL`'s."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {arm: run(arm, seed, Path(folder)) for arm in ARMS}

@@ -37,6 +37,7 @@ LONG = {
     "make bench-overhead": "--quick",
     "make bench-learning METHODS=trace": "--quick",
     "make bench-evals": "--quick",
+    'make bench-preference ARGS="bco_udm --seeds 5 --out bench_out"': "bco_udm --seeds 1 --steps 2 --eval-rows 8",
 }
 FEW = "--limit 6 --samples 2"
 
@@ -74,6 +75,8 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
         words = [*(w for w in words if not w.startswith("ARGS=")), f"ARGS={few} {command.partition('ARGS=')[2]}"]
     elif words[:2] == ["trl-ext", "eval"]:
         words += few.split()
+    elif words[:2] == ["trl-ext", "publish"]:
+        words += ["--out", f"{folder}/published"]
     if words[0] == "trl-ext":
         words = [sys.executable, "-m", "trl_ext", *words[1:]]
     return subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

@@ -125,6 +125,9 @@ class Iterative:
             ),
             "num_samples: one reply alone makes no pair; take 2 or more, or a teacher_column": self.num_samples < 2
             and self.teacher_column is None,
+            "methods: nesterov has one fixed previous policy; set nesterov: {alpha: ...} of this loop, whose anchor moves": (
+                "nesterov" in (getattr(args, "methods", None) or {})
+            ),
             "save_only_model: a round that is resumed needs the optimizer; set it to false": args.save_only_model,
         }
         found = [message for message, wrong in rules.items() if wrong]
