@@ -14,6 +14,7 @@ import trl_ext
 from trl_ext.data import Data
 from trl_ext.loops import PasoDoble
 from trl_ext.recipe import Recipe, RecipeError
+from trl_ext.sandbox.cache import model_folder
 
 
 @contextlib.contextmanager
@@ -33,12 +34,7 @@ def few_threads(recipe: Recipe) -> Iterator[None]:
 
 def model_path(recipe: Recipe) -> str:
     """The model's name; `sandbox` is built on first use."""
-    name = recipe.model_args.model_name_or_path
-    if name != "sandbox":
-        return str(name)
-    from trl_ext.sandbox import ensure_model
-
-    return ensure_model()
+    return model_folder(str(recipe.model_args.model_name_or_path))
 
 
 def load_tokenizer(recipe: Recipe, model: str) -> Any:

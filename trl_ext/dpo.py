@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from torch import Tensor
 
 from trl_ext.batch import replaced
@@ -118,6 +119,7 @@ class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
 
     _tag_names = [*trl.DPOTrainer._tag_names, "trl-ext"]
     _frozen: FrozenModels | None = None
+    _built: bool = False
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         self._make_plan("dpo", args)
@@ -131,8 +133,9 @@ class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
         self._start_methods(Setup(self.args, engine=self._engine()))
         if self.precompute_ref_logps:
             self._frozen = None  # has done its part
-        else:
+        elif FROZEN in self.plan.needs():
             self._frozen_models()
+        self._built = True
 
     def _pair_columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for method in self.plan.methods for name in method.pair_columns()))
@@ -155,12 +158,15 @@ class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
         """TRL's. Its cache knows data and reference; what methods make of the reference goes into the key as well, and
         columns that an earlier reference left are made anew."""
         changing = self.plan.using("reference_logps")
-        if not changing:
+        if not changing or not isinstance(dataset, Dataset):  # TRL says what is wrong with a stream
             return super()._precompute_ref_logps(dataset, name, batch_size)
         old = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in dataset.column_names]
         others = [self._frozen_models().key(method.frozen_models()) for method in changing]
         with replaced(self, _precompute_model_hash=repr((self._precompute_model_hash, changing, others))):
-            return super()._precompute_ref_logps(dataset.remove_columns(old), name, batch_size)
+            found = super()._precompute_ref_logps(dataset.remove_columns(old), name, batch_size)
+        if self._built:  # a data set to evaluate on, later
+            self._frozen = None
+        return found
 
     def _frozen_models(self) -> FrozenModels:
         """The models that the methods name, loaded at the first call."""

@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, hash_mo
 
 from trl_ext.plan import PlanError
 from trl_ext.quantized import keep_trainable
+from trl_ext.sandbox.cache import model_folder
 from trl_ext.saved import with_adapter
 
 
@@ -51,7 +52,7 @@ class FrozenModels:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._init, self._device, self._autocast = init_like(policy, args), device, autocast
-        self._vocabulary = _vocabulary(policy)
+        self._vocabulary, self._policy = _vocabulary(policy), str(policy.config._name_or_path)  # type: ignore[union-attr]
         self._models: dict[str, Any] = {}
 
     def load(self, paths: Iterable[str]) -> None:
@@ -73,9 +74,15 @@ class FrozenModels:
 
     def _loaded(self, path: str) -> Any:
         is_adapter = (Path(path) / "adapter_config.json").exists()
-        base = str(PeftConfig.from_pretrained(path).base_model_name_or_path) if is_adapter else _resolved(path)
+        config = PeftConfig.from_pretrained(path) if is_adapter else None
+        base = model_folder(path) if config is None else str(config.base_model_name_or_path)
+        init = dict(self._init)
+        if base != self._policy:  # a revision names a version of the policy's own repository
+            init.pop("revision", None)
+        if config is not None and config.revision is not None:
+            init["revision"] = config.revision
         try:
-            model: Any = create_model_from_path(base, **self._init)
+            model: Any = create_model_from_path(base, **init)
         except (OSError, ValueError) as error:
             raise PlanError([f"cannot load the frozen model '{path}' ({base}): {error}"]) from error
         if _vocabulary(model) != self._vocabulary:
@@ -90,14 +97,6 @@ class FrozenModels:
                 [f"'{path}' adapts lm_head, which TRL's log-probs pass by; merge it first (`trl-ext merge`)"]
             )
         return model.requires_grad_(False).eval()
-
-
-def _resolved(path: str) -> str:
-    if path != "sandbox":
-        return path
-    from trl_ext.sandbox import ensure_model
-
-    return ensure_model()
 
 
 def _vocabulary(model: Any) -> int:

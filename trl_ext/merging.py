@@ -27,11 +27,14 @@ from transformers import AutoConfig, AutoProcessor
 from trl.trainer.utils import create_model_from_path
 
 from trl_ext import saved
+from trl_ext.sandbox.cache import model_folder
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = {"float32": saved.TOLERANCE, "float16": 0.05, "bfloat16": 0.3}
 """Largest difference of a log-probability, in nats, that rounding merged weights to this precision may make. They keep
 24, 11 and 8 bits; all else is compared in float32 within `saved.TOLERANCE`."""
+ADAPTER_NAMES = ("base_model.model.", "lora_", "hada_", "lokr_", "vera_", "oft_", "ia3_")
+"""Parts of the names of tensors that belong to PEFT's adapters."""
 NOTED = 0.1
 """A rounding that moves the probe by more than this share of what the adapter does is worth a warning."""
 PROBE = [{"role": "user", "content": "A train leaves at 9:40 and arrives at 12:15. How long does the journey take?"}]
@@ -70,8 +73,11 @@ def anchor_distance(new: Mapping[str, Tensor], previous: Mapping[str, Tensor], a
     """Norm of alpha (new - previous) over all float tensors, tied ones counted once."""
     _check_alike(new, previous)
     own = {_memory(name, value): name for name, value in new.items() if value.is_floating_point()}
-    squares = [(new[name].double() - previous[name].to(new[name].device).double()).square() for name in own.values()]
-    return alpha * math.sqrt(sum(float(square.sum()) for square in squares))
+    total = 0.0
+    for name in own.values():  # one tensor at a time: all differences together are as large as the model
+        difference = new[name].float() - previous[name].to(new[name].device).float()
+        total += float(difference.square_().sum(dtype=torch.float64))
+    return alpha * math.sqrt(total)
 
 
 def check_alpha(alpha: float) -> None:
@@ -105,9 +111,9 @@ def _check_alike(new: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> N
     if odd := [name for name in new if new[name].shape != previous[name].shape]:
         shapes = f"{tuple(new[odd[0]].shape)} and {tuple(previous[odd[0]].shape)}"
         raise MergeError(f"new and previous weights have different shapes: {odd[0]} {shapes}, {len(odd)} in all")
-    if odd := [name for name in new if "lora_" in name]:
+    if odd := [name for name in new if any(part in name for part in ADAPTER_NAMES)]:
         raise MergeError(
-            f"{odd[0]} is part of an adapter: combining the factors A and B one by one is not combining B A; merge the "
+            f"{odd[0]} is part of an adapter: combining factors such as A and B one by one is not combining B A; merge the "
             "adapter first (`trl-ext merge`)"
         )
     if odd := [name for name in new if new[name].dtype in (torch.uint8, torch.int8)]:
@@ -178,10 +184,16 @@ def merge_adapter(
     model, own = _base_in_float32(source)
     tokenizer = _tokenizer([*adapters, model.config._name_or_path])
     ids = saved.probe_ids(tokenizer, PROBE if tokenizer.chat_template else PROBE[0]["content"])
-    return _merge(model, adapters, tokenizer, ids, out, precision or own)
+    held = [model]
+    del model
+    return _merge(held, adapters, tokenizer, ids, out, precision or own)
 
 
-def _merge(model: Any, adapters: tuple[str, ...], tokenizer: Any, ids: Tensor, out: str, precision: str) -> Merged:
+def _merge(
+    held: list[Any], adapters: tuple[str, ...], tokenizer: Any, ids: Tensor, out: str, precision: str
+) -> Merged:
+    """`held`: the base alone, taken out, so that nobody else keeps it when the file is loaded again."""
+    model = held.pop()
     name, dtype = str(model.config._name_or_path), PRECISIONS[precision]
     before = saved.log_probs(model, ids)
     adapted = _with_adapters(model, adapters)
@@ -233,11 +245,8 @@ def _with_adapters(model: nn.Module, adapters: Sequence[str]) -> Any:
 
 def _base_in_float32(base: str | nn.Module) -> tuple[Any, str]:
     """The loaded model in float32, and the name of the precision that it had."""
-    if base == "sandbox":
-        from trl_ext.sandbox import ensure_model
-
-        base = ensure_model()
     if isinstance(base, str):
+        base = model_folder(base)
         try:
             config = AutoConfig.from_pretrained(base)
         except (OSError, ValueError) as error:

@@ -96,3 +96,8 @@ def ensure_model(cache_dir: str | None = None, seed: int = 0, *, builder: Builde
                 (work / MARK).write_text(json.dumps(_digests(work)))
                 work.rename(entry)
     return str(entry)
+
+
+def model_folder(name: str) -> str:
+    """Where a model is loaded from: `sandbox` is the warm-started one, built on first use; any other name is itself."""
+    return ensure_model() if name == "sandbox" else name
