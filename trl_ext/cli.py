@@ -94,6 +94,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from trl_ext.annotate import AnnotatorError
     from trl_ext.checkpoints import CheckpointError
     from trl_ext.data import DataError
+    from trl_ext.executor import NoIsolation
     from trl_ext.merging import MergeError
     from trl_ext.plan import PlanError
     from trl_ext.recipe import RecipeError
@@ -106,6 +107,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         CheckpointError,
         DataError,
         MergeError,
+        NoIsolation,
         PlanError,
         PublishError,
         RecipeError,

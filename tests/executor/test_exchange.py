@@ -1,16 +1,20 @@
 """Plain values between code and test: round trips, refusals, changes of arguments, exceptions."""
 
+import asyncio
+import collections
 import json
+import warnings
 
 import pytest
 
 from trl_ext.executor import Job, Limits
-from trl_ext.executor.inside import decode, encode, exception, update
+from trl_ext.executor.inside import answer, decode, encode, exception, told, update
 
 QUICK = Limits(wall_s=20)
 VALUES = [
     *(None, True, 0, -(2**70), 1.5, "tëxt\n", [1, [2.0, None]], (1, (2,)), {1, 2}, frozenset({"a"})),
     *({"a": 1, 2: [3], (1, 2): {"x": ()}}, b"\x00\xff", bytearray(b"x"), 1 + 2j, range(1, 9, 2)),
+    *(collections.Counter("abca"), collections.OrderedDict([("b", 1), ("a", 2)]), collections.deque([1, (2,)])),
 ]
 
 
@@ -19,6 +23,14 @@ def test_values_come_back_as_they_were(value):
     back = decode(json.loads(json.dumps(encode(value))))
     assert back == value
     assert type(back) is type(value)
+
+
+def test_the_base_travels_of_what_needs_a_class_or_a_function():
+    point = collections.namedtuple("point", "x y")
+    groups = collections.defaultdict(list, {"a": [point(1, 2)]})
+    back = decode(json.loads(json.dumps(encode(groups))))
+    assert back == {"a": [(1, 2)]}
+    assert (type(back), type(back["a"][0])) == (dict, tuple)
 
 
 def test_infinity_and_nan():
@@ -55,7 +67,8 @@ def test_other_messages_are_refused(data):
 def test_exceptions_by_name():
     assert type(exception("ValueError", "x")) is ValueError
     assert type(exception("ZeroDivisionError", "x")) is ZeroDivisionError
-    for name in ("SystemExit", "KeyboardInterrupt", "BaseException", "print", "Missing", "UnicodeDecodeError", None):
+    other = ("SystemExit", "KeyboardInterrupt", "BaseException", "GeneratorExit", "print", "Missing", None)
+    for name in (*other, "UnicodeDecodeError", "StopIteration", "StopAsyncIteration", "ExceptionGroup"):
         assert type(exception(name, "x")) is RuntimeError
 
 
@@ -64,11 +77,32 @@ def test_updates_keep_the_object():
     kept = mine
     update(mine, [1, 3])
     assert kept == [1, 3]
-    for before, after in (({1: 2}, {3: 4}), ({1}, {2, 3})):
+    counter, groups = collections.Counter("ab"), collections.defaultdict(list, {1: [2]})
+    left = [(counter, collections.Counter("bb")), (groups, {3: [4]}), (collections.deque([1]), collections.deque([2]))]
+    for before, after in (({1: 2}, {3: 4}), ({1}, {2, 3}), (bytearray(b"x"), bytearray(b"yz")), *left):
+        kind = type(before)
         update(before, after)
         assert before == after
+        assert type(before) is kind
     update(mine, (9,))
     assert kept == [1, 3]
+
+
+def test_arguments_that_an_exception_left_changed():
+    def function(xs):
+        xs.append(2)
+        raise ValueError("no")
+
+    assert answer(function, ([[1]], {})) == {
+        "raised": "ValueError",
+        "text": "ValueError: no",
+        "args": [{"list": [1, 2]}],
+    }
+    assert answer(lambda xs: xs.append(object()), ([[1]], {}))["raised"] == "TypeError"
+
+
+def test_an_exception_is_told_in_one_line():
+    assert told(ValueError("a\nb\r\nc")) == "ValueError: a b c"
 
 
 CASES = {
@@ -82,6 +116,12 @@ CASES = {
         "try:\n    f(1)\nexcept ValueError as e:\n    assert 'no' in str(e)\nelse:\n    raise AssertionError\n",
         True,
     ),
+    "collections": (
+        "from collections import *\ndef f(x): return Counter(x), defaultdict(int, a=1), namedtuple('p', 'x')(1), deque(x)",
+        "c, *rest = f('aab')\nassert c.most_common(1) == [('a', 2)]\n"
+        "from collections import deque\nassert rest == [{'a': 1}, (1,), deque('aab')]",
+        True,
+    ),
     "keywords and defaults": (
         "def f(a, b=2, *c, **d): return (a, b, c, d)",
         "assert f(1, k=3) == (1, 2, (), {'k': 3})",
@@ -90,11 +130,6 @@ CASES = {
     "state is kept between calls": (
         "seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)\n",
         "assert [f(5), f(5)] == [1, 2]",
-        True,
-    ),
-    "each job starts anew": (
-        "import os\ndef f(): return os.listdir('/tmp')",
-        "assert f() == []\nopen('/tmp/x', 'w')",
         True,
     ),
     "recursion": ("def f(n): return f(n + 1)", "f(1)", False),
@@ -114,7 +149,21 @@ def test_jobs(executor, name):
     assert not outcome.timed_out
 
 
+def test_each_job_starts_anew_also_where_an_event_loop_runs(executor):
+    code = "import os\ndef f():\n    open('/tmp/code', 'w')\n    return os.listdir('/tmp')"
+    job = Job(code, "import os\nassert os.listdir('/tmp') == []\nopen('/tmp/test', 'w')\nassert f() == ['code']", "f")
+
+    async def notebook():
+        return executor.run_all([job, job], QUICK, at_once=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [outcome.reason for outcome in asyncio.run(notebook())] == ["passed", "passed"]
+
+
 def test_the_reason_names_what_is_wrong(executor):
+    lone = executor.run(Job("raise ValueError('\\ud800\\nx')", "f()", "f"), QUICK).reason
+    assert lone == "the code does not load: ValueError: \\ud800 x"
     assert executor.run(Job("1 / 0", "f()", "f"), QUICK).reason.startswith("the code does not load: ZeroDivisionError")
     assert executor.run(Job("x = 1", "f()", "f"), QUICK).reason == "the code does not load: KeyError: 'f'"
     assert "is no plain value" in executor.run(Job("def f(): return f", "f()", "f"), QUICK).reason

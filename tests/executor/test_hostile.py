@@ -181,12 +181,27 @@ def test_a_code_that_never_gets_called_is_no_pass(executor):
 
 
 def test_the_test_may_not_redirect_the_call_protocol(executor):
-    outcome = attempt(
-        executor,
-        DOUBLE,
-        "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'x\\n')\n    except OSError: pass\n",
-    )
-    assert not outcome.passed
+    test = "double(3)\nimport os\nfor fd in range(3, 9):\n    try: os.write(fd, b'x\\n')\n    except OSError: pass\n"
+    outcome = attempt(executor, DOUBLE, test)
+    assert (outcome.passed, outcome.killed, outcome.reason) == (False, True, "the judge broke the protocol")
+
+
+def test_no_exception_of_the_code_ends_a_loop_of_the_test_in_silence(executor):
+    """`all(map(...))` takes a StopIteration of the function for its own end, so it would assert nothing."""
+    code = """
+        kinds = iter([StopIteration, StopAsyncIteration, lambda text: ExceptionGroup(text, [ValueError()])])
+        def double(x): raise next(kinds)("no")
+        """
+    test = """
+        for _ in range(3):
+            try:
+                all(map(lambda x: double(x) == 2 * x, [1, 2]))
+            except RuntimeError as error:
+                assert "no" in str(error)
+            else:
+                raise AssertionError("the loop ended")
+        """
+    assert attempt(executor, code, textwrap.dedent(test)).reason == "passed"
 
 
 # Resources
@@ -332,6 +347,16 @@ def test_no_network(executor):
                 except OSError:
                     continue
                 raise AssertionError(address)
+            for family, kind in ((socket.AF_VSOCK, 1), (socket.AF_NETLINK, 3), (socket.AF_ALG, 5), (socket.AF_PACKET, 3)):
+                try:
+                    socket.socket(family, kind)
+                except OSError as error:
+                    assert error.errno == 97, (family, error)
+                    continue
+                raise AssertionError(family)
+            for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+                socket.socket(family, socket.SOCK_STREAM).close()
+            socket.socketpair()
             try:
                 socket.getaddrinfo("example.com", 80)
             except OSError:
@@ -339,7 +364,7 @@ def test_no_network(executor):
             else:
                 raise AssertionError("a name was looked up")
             """
-        assert alone(executor, text).passed
+        assert alone(executor, text).reason == "passed"
         server.settimeout(0.05)
         with pytest.raises(TimeoutError):
             server.accept()
@@ -436,25 +461,47 @@ def test_nothing_is_left_behind(executor):
     assert gone(sandboxes)
 
 
+AWAY = """
+import ctypes, os, time
+for act in (lambda: ctypes.CDLL(None).prctl(1, 0, 0, 0, 0), os.setsid):  # 1: PR_SET_PDEATHSIG
+    try:
+        act()
+    except OSError:
+        pass
+print("away", flush=True)
+time.sleep(100)
+"""
+"""Leaves the group and the session that are killed, and clears the signal of a parent's death."""
+
+
+@pytest.mark.parametrize("signal_of_death", ["kept", "cleared"])
+def test_the_first_process_of_a_sandbox_cannot_outlive_its_job(executor, signal_of_death):
+    text = AWAY if signal_of_death == "cleared" else "import os, time\ntry: os.setsid()\nfinally: time.sleep(100)"
+    outcome = alone(executor, text, Limits(wall_s=1))
+    assert outcome.timed_out or "PermissionError" in outcome.reason, outcome
+    assert gone(sandboxes)
+
+
 def test_sandboxes_end_with_the_process_that_started_them(executor):
-    text = (
-        "import os; from trl_ext.executor import *\n"
-        f"e = make_executor({executor.name!r}); print(os.getpid(), flush=True)\n"
-        "e.run(Job('import time; time.sleep(600)'), Limits(wall_s=3))"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    """Even one whose text does what it can to outlive it: killed well before its time is up."""
+    if (runner := os.fork()) == 0:
+        try:
+            executor.run(Job(AWAY), Limits(wall_s=90))
+        finally:
+            os._exit(1)
 
     def theirs():
-        mark = f"{MARK}-{runner.pid}-".encode()
+        mark = f"{MARK}-{runner}-".encode()
         return [f for f in Path("/proc").iterdir() if f.name.isdigit() and mark in _cmdline(f)]
 
-    assert runner.stdout is not None and runner.stdout.readline().strip() == str(runner.pid)
-    until = time.monotonic() + 3
+    until = time.monotonic() + 20
     while not theirs() and time.monotonic() < until:
         time.sleep(0.02)
     assert theirs()
-    runner.kill()
-    runner.wait()
+    time.sleep(2)  # for the text to get away
+    assert theirs()
+    os.kill(runner, signal.SIGKILL)
+    os.waitpid(runner, 0)
     assert gone(theirs, seconds=20)
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
-from trl_ext.executor import EXECUTORS, Executor, Job, Limits, NoIsolation, choice, make_executor, probe
+from trl_ext.executor import EXECUTORS, Executor, Job, Limits, NoIsolation, choice, make_executor, probe, runner
 from trl_ext.executor.base import Outcome
 from trl_ext.executor.interpreter import Interpreter, find_interpreter
-from trl_ext.executor.isolation import Bubblewrap, Container, Unshare, free_user, mount_script
+from trl_ext.executor.isolation import Bubblewrap, Container, Launch, Unshare, free_user, mount_script
 from trl_ext.executor.runner import Sandboxes, rlimits, roles
 
 PYTHON = Interpreter("/opt/py/bin/python3", ("/opt/py/bin/python3", "/usr", "/li b/x"), ("/usr/site-packages",))
@@ -63,7 +65,7 @@ def test_free_user_is_within_what_is_mapped():
 def test_unshare(monkeypatch):
     as_user(monkeypatch, 1000)
     launch = Unshare(python=PYTHON).launch("SOURCE", LIMITS, "MARK")
-    assert launch.argv[:4] == ("timeout", "--signal", "KILL", "5")
+    assert launch.argv[:4] == ("setpriv", "--pdeathsig", "KILL", "unshare")
     for flag in (
         "--mount",
         "--ipc",
@@ -91,8 +93,9 @@ def test_the_mounts_are_quoted_and_read_only():
         script.index("mount --all")
         < script.index("remount,bind,ro")
         < script.index("pivot_root")
-        < script.index('exec "$@"')
+        < script.index('"$@"')
     )
+    assert script.endswith('\n"$@"\nexit')  # not `exec`: the shell must stay the first process of the namespace
     odd = dataclasses.replace(PYTHON, files=("/a'; touch /tmp/owned; '/x",))
     assert (
         "; touch /tmp/owned; "
@@ -116,7 +119,8 @@ def test_container():
         "--security-opt": "no-new-privileges",
         "--memory": "107m",
         "--memory-swap": "107m",
-        "--pids-limit": "3",
+        "--pids-limit": "4",
+        "--entrypoint": "timeout",
         "--pull": "never",
         "--name": "MARK",
         "--tmpfs": "/tmp:rw,nosuid,nodev,noexec,mode=1777,size=7m",
@@ -129,8 +133,9 @@ def test_container():
     user, group = pairs["--user"].split(":")
     assert user == group
     assert int(user) > 40_000
-    assert argv[-9:] == ["python:3.11-slim", "-s", "-S", "-B", "-X", "utf8", "-c", "SOURCE", "MARK"]
-    assert launch.stop == ("podman", "kill", "MARK")
+    assert argv[-13:-8] == ["python:3.11-slim", "-s", "KILL", "64", "python3"]
+    assert argv[-8:] == ["-s", "-S", "-B", "-X", "utf8", "-c", "SOURCE", "MARK"]
+    assert launch.stop == ("podman", "rm", "--force", "MARK")
 
 
 def test_limits_of_the_kernel():
@@ -198,6 +203,82 @@ def test_there_is_no_plain_subprocess():
 def test_a_program_that_sets_up_nothing_is_refused():
     with pytest.raises(NoIsolation, match="/bin/false did not set up a sandbox"):
         Sandboxes(Bubblewrap(program="/bin/false", python=PYTHON)).run(Job("pass"))
+
+
+def test_a_program_that_is_missing_or_says_nothing_is_refused(monkeypatch):
+    with pytest.raises(NoIsolation, match="there is no program /nowhere/bwrap"):
+        Sandboxes(Bubblewrap(program="/nowhere/bwrap", python=PYTHON)).run(Job("pass"))
+    monkeypatch.setattr(runner, "SET_UP_S", 0.2)
+    with pytest.raises(NoIsolation, match="plain did not set up a sandbox within"):
+        Sandboxes(Plain("import time; time.sleep(60)")).run(Job("pass"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """No isolation at all: a text of this file in place of a sandbox."""
+
+    text: str
+    name: ClassVar[str] = "plain"
+    install: ClassVar[str] = ""
+    programs: ClassVar[tuple[str, ...]] = ()
+    program: str = sys.executable
+
+    def launch(self, source, limits, mark):
+        return Launch((self.program, "-c", self.text, mark), None, None)
+
+
+SLOW = """
+import json, sys, time
+input()
+time.sleep(1)
+print("confined", flush=True)
+job = json.loads(input())
+print("v" + json.dumps({"secret": job["secret"], "reason": "passed"}), flush=True)
+"""
+"""Speaks as a sandbox does, and takes longer to set up than its job may take."""
+
+
+def test_setting_up_is_not_of_the_time_of_the_job():
+    outcome = Sandboxes(Plain(SLOW)).run(Job("pass"), Limits(wall_s=0.9))
+    assert (outcome.passed, outcome.timed_out) == (True, False)
+
+
+def test_a_process_that_gets_away_is_an_error_and_no_hang(monkeypatch, tmp_path):
+    """A child in another session keeps the pipe: the runner says so, within its bound."""
+    monkeypatch.setattr(runner, "_END_S", 0.5)
+    file = tmp_path / "pid"
+    child = f"import os, time; os.setsid(); open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+    wait = f"import os, time\nwhile not os.path.exists({str(file)!r}): time.sleep(0.01)\n"
+    with pytest.raises(NoIsolation, match="outlives it"):
+        Sandboxes(Plain(start + wait + SLOW)).run(Job("pass"))
+    os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def test_as_many_at_once_as_this_process_has_processors(monkeypatch):
+    seen = []
+
+    async def nothing(self, jobs, limits, at_once):
+        seen.append(at_once)
+        return []
+
+    monkeypatch.setattr(Sandboxes, "_run_all", nothing)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    Sandboxes(Plain("")).run_all([])
+    Sandboxes(Plain("")).run_all([], at_once=2)
+    assert seen == [3, 2]
+
+
+def test_a_container_program_that_does_not_work_leads_to_the_next(monkeypatch):
+    def refuse_docker(executor):
+        if executor.isolation.program == "docker":
+            raise NoIsolation("no daemon")
+
+    monkeypatch.setattr(choice.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(choice, "probe", refuse_docker)
+    choice._tried.cache_clear()
+    assert make_executor("container").isolation.program == "podman"
+    choice._tried.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,8 +40,8 @@ class Job:
     """Python text to run. With `test` and `entry_point`: `code` is loaded in one sandbox and `test` runs in another.
 
     There the entry point is a stand-in that sends plain arguments over and returns plain results (None, numbers, text,
-    bytes, lists, tuples, sets, dictionaries, ranges; iterators are read to their end), or raises the built-in exception
-    of the same name. So the code has no way to the verdict but through what its function returns. The test is the judge:
+    bytes, lists, tuples, sets, dictionaries, ranges, those of `collections`; iterators are read to their end), or raises
+    the built-in exception of the same name (never StopIteration). So the code has no way to the verdict but through what its function returns. The test is the judge:
     one that asserts nothing lets everything pass.
 
     Without a test the text judges itself: it passes if it runs to its end. Leaving early in any way is no pass, but a
@@ -63,6 +63,7 @@ class Outcome:
 
     `timed_out`: the wall clock. `killed`: ended by the runner or by a signal. `exit`: status of a judge that ended by
     itself, negative for a signal; None for one that gave its verdict. `output`: what code and test printed, cut off.
+    `seconds`: from sending the texts to the end of the sandboxes; setting these up does not count, nor against `wall_s`.
     """
 
     passed: bool

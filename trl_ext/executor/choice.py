@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trl_ext.executor.base import Executor, Job, Limits, NoIsolation
 from trl_ext.executor.inside import MACHINES
-from trl_ext.executor.isolation import Bubblewrap, Container, Isolation, Unshare
+from trl_ext.executor.isolation import Bubblewrap, Container, Unshare
 from trl_ext.executor.runner import Sandboxes
 from trl_ext.plan import did_you_mean
 
@@ -46,8 +46,12 @@ hole("it makes processes", fork)
 hole("it changes its user", lambda: os.setuid(0) if os.getuid() else os.setgid(12345))
 if len(os.environ) > 10:
     holes.append("it sees the host's environment")
-if [name for _, name in socket.if_nameindex() if name != "lo"]:
-    holes.append("it has a network")
+for family, address in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+    hole("it has a way into a network", lambda: socket.socket(family, socket.SOCK_DGRAM).connect((address, 9)))
+for index in range(2, 1000):  # 1 is the loopback
+    hole(f"it has the network interface {{index}}", lambda: socket.if_indextoname(index))
+for family, kind in ((socket.AF_VSOCK, 1), (socket.AF_NETLINK, 3), (socket.AF_ALG, 5)):
+    hole(f"it opens a socket of {{family.name}}", lambda: socket.socket(family, kind).close())
 assert not holes, "; ".join(holes)
 """
 
@@ -73,14 +77,19 @@ def make_executor(name: str) -> Executor:
 
 @functools.cache
 def _tried(kind: str) -> Executor:
-    isolation: Isolation = EXECUTORS[kind]()
-    if isinstance(isolation, Container) and not shutil.which("docker") and shutil.which("podman"):
-        isolation = Container(program="podman")
-    if not shutil.which(isolation.program):
-        raise NoIsolation(f"there is no program {isolation.program}")
-    executor = Sandboxes(isolation)
-    probe(executor)
-    return executor
+    refused = []
+    for program in EXECUTORS[kind].programs:
+        if not shutil.which(program):
+            refused.append(f"there is no program {program}")
+            continue
+        executor = Sandboxes(EXECUTORS[kind](program=program))
+        try:
+            probe(executor)
+        except NoIsolation as error:
+            refused.append(str(error))
+        else:
+            return executor
+    raise NoIsolation("; ".join(refused))
 
 
 def probe(executor: Executor) -> None:

@@ -1,10 +1,12 @@
 """Runs inside a sandbox, as `python -c` of this text: gives up every privilege, then runs the untrusted text.
 
-Standard library only (Python 3.10 or newer), and nothing of this project: the file's text is all that a sandbox gets. It speaks one line of JSON
-at a time over what were its standard input and output; what the untrusted text prints goes to standard error.
+Standard library only (Python 3.11 or newer), and nothing of this project: the file's text is all that a sandbox gets.
+It speaks one line of JSON at a time over what were its standard input and output; what the untrusted text prints goes
+to standard error.
 """
 
 import builtins
+import collections
 import contextlib
 import ctypes
 import json
@@ -16,18 +18,19 @@ import sys
 import types
 
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
+_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6; a vsock would reach the hypervisor past the network namespace
 _BOTH = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
-# By machine: architecture number, clone, and calls that are refused. They make memory that no limit counts (shared
+# By machine: architecture number, clone, socket and socketpair, and calls that are refused. They make memory that no limit counts (shared
 # memory, memfd, keys), namespaces and mounts, look into other processes, or are a kernel's less tested doors.
 _CALLS = {
     "x86_64": (
-        *(0xC000003E, 56),
+        *(0xC000003E, 56, (41, 53)),
         (29, 30, 64, 68, 101, 155, 161, 165, 166, 175, 246, 248, 249, 250, 272, 298, 304, 308, 310, 311, 313, 319)
         + (321, 323, *_BOTH),
     ),
     "aarch64": (
-        *(0xC00000B7, 220),
+        *(0xC00000B7, 220, (198, 199)),
         (194, 196, 190, 186, 117, 41, 51, 40, 39, 105, 104, 217, 218, 219, 97, 241, 265, 268, 270, 271, 273, 279)
         + (280, 282, *_BOTH),
     ),
@@ -39,7 +42,7 @@ MACHINES = tuple(_CALLS)
 
 def _filter(machine):
     """A BPF program over seccomp's data (number at 0, architecture at 4, first argument at 16), 8 bytes a step."""
-    arch, clone, refused = _CALLS[machine]
+    arch, clone, sockets, refused = _CALLS[machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     error, allow, kill = 0x00050000, 0x7FFF0000, 0x80000000
     steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, kill), (load, 0, 0, 0)]
@@ -47,6 +50,16 @@ def _filter(machine):
     steps += [(equal, 0, 1, 435), (give, 0, 0, error | _ENOSYS)]  # clone3 hides its flags; libc then takes clone
     for number in refused:
         steps += [(equal, 0, 1, number), (give, 0, 0, error | _EPERM)]
+    one, two, three = _FAMILIES
+    for number in sockets:
+        steps += [
+            (equal, 0, 6, number),
+            (load, 0, 0, 16),
+            (equal, 3, 0, one),
+            (equal, 2, 0, two),
+            (equal, 1, 0, three),
+        ]
+        steps += [(give, 0, 0, error | _EAFNOSUPPORT), (give, 0, 0, allow)]
     steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, _NAMESPACES), (give, 0, 0, error | _EPERM)]
     steps += [(give, 0, 0, allow)]
     return b"".join(struct.pack("<HBBI", *step) for step in steps)
@@ -80,14 +93,19 @@ def _checked(result):
 
 
 def encode(value):
-    """A plain value as JSON can hold it. TypeError for any other."""
+    """A plain value as JSON can hold it. TypeError for any other.
+
+    A named tuple goes as a tuple and a defaultdict as a dictionary: the other side has not their class, their function.
+    """
     kind = type(value)
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        kind = tuple
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind in (list, tuple, set, frozenset):
+    if kind in (list, tuple, set, frozenset, collections.deque):
         return {kind.__name__: [encode(item) for item in value]}
-    if kind is dict:
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if kind in _DICTIONARIES:
+        return {_DICTIONARIES[kind]: [[encode(key), encode(item)] for key, item in value.items()]}
     if kind in (bytes, bytearray):
         return {kind.__name__: list(value)}
     if kind is complex:
@@ -100,7 +118,11 @@ def encode(value):
 
 
 _MAKERS: dict = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter, "bytes": bytes}
-_MAKERS.update({"dict": dict, "bytearray": bytearray})
+_MAKERS.update({"dict": dict, "bytearray": bytearray, "deque": collections.deque})
+_MAKERS.update({"Counter": lambda pairs: collections.Counter(dict(pairs)), "OrderedDict": collections.OrderedDict})
+_DICTIONARIES: dict = {dict: "dict", collections.defaultdict: "dict"}
+_DICTIONARIES.update({collections.Counter: "Counter", collections.OrderedDict: "OrderedDict"})
+_CHANGEABLE = (list, set, bytearray, collections.deque, *_DICTIONARIES)
 
 
 def decode(data):
@@ -110,7 +132,7 @@ def decode(data):
     ((kind, items),) = data.items()
     if kind in ("complex", "range"):
         return complex(*items) if kind == "complex" else range(*items)
-    if kind == "dict":
+    if kind in _DICTIONARIES.values():
         items = [[decode(key), decode(item)] for key, item in items]
     elif kind not in ("bytes", "bytearray"):
         items = [decode(item) for item in items]
@@ -123,7 +145,7 @@ def told(error):
         text = str(error)
     except BaseException:
         text = "an exception without a text"
-    return f"{type(error).__name__}: {text}"[:300]
+    return " ".join(f"{type(error).__name__}: {text}"[:300].splitlines())
 
 
 def flush():
@@ -140,12 +162,12 @@ def module(names):
     return fresh.__dict__
 
 
-def serve(config, source, say):
+def serve(job, source, say):
     """Loads the code, then answers calls of its entry point until nobody asks."""
     names = module({})
     try:
-        exec(compile(config["text"], "<code>", "exec"), names)
-        function = names[config["entry_point"]]
+        exec(compile(job["text"], "<code>", "exec"), names)
+        function = names[job["entry_point"]]
     except BaseException as error:
         return say("broken " + told(error))
     say("ready")
@@ -160,25 +182,33 @@ def answer(function, request):
     """The function's value and its arguments afterwards, or what it raised."""
     args, kwargs = request
     try:
-        value = encode(function(*args, **kwargs))
-        return {"value": value, "args": [encode(a) if type(a) in (list, dict, set) else None for a in args]}
+        reply = {"value": encode(function(*args, **kwargs))}
     except Exception as error:
-        return {"raised": type(error).__name__, "text": told(error)}
+        reply = raised(error)
+    try:
+        return reply | {"args": [encode(a) if type(a) in _CHANGEABLE else None for a in args]}
+    except Exception as error:
+        return raised(error) | {"args": []}
 
 
-def judge(config, source, say):
+def raised(error):
+    """An exception as the other sandbox can raise it."""
+    return {"raised": type(error).__name__, "text": told(error)}
+
+
+def judge(job, source, say):
     """Runs the test, or a text without one. The last line is the verdict, with the secret of this run."""
     calls: list = []
     names = {}
-    if config["entry_point"] is not None:
-        names[config["entry_point"]] = stand_in(source, say, calls)
+    if job["entry_point"] is not None:
+        names[job["entry_point"]] = stand_in(source, say, calls)
     try:
-        exec(compile(config["text"], "<test>", "exec"), module(names))
-        reason = "passed" if calls or not names else f"the test never called {config['entry_point']}"
+        exec(compile(job["text"], "<test>", "exec"), module(names))
+        reason = "passed" if calls or not names else f"the test never called {job['entry_point']}"
     except BaseException as error:
         reason = told(error)
     flush()
-    say("v" + json.dumps({"secret": config["secret"], "reason": reason}))
+    say("v" + json.dumps({"secret": job["secret"], "reason": reason}))
 
 
 def stand_in(source, say, calls):
@@ -188,36 +218,40 @@ def stand_in(source, say, calls):
         calls.append(1)
         say("c" + json.dumps(encode([args, kwargs])))
         reply = json.loads(source.readline())
-        if "raised" in reply:
-            raise exception(reply["raised"], reply["text"])
         for mine, theirs in zip(args, reply["args"], strict=False):
             update(mine, decode(theirs))
+        if "raised" in reply:
+            raise exception(reply["raised"], reply["text"])
         return decode(reply["value"])
 
     return function
 
 
+# The first two would end a loop of the test in silence, as in `all(map(...))`; the others take more than a text.
+_NEVER_RAISED = (StopIteration, StopAsyncIteration, UnicodeError, BaseExceptionGroup)
+
+
 def exception(name, text):
     """A built-in exception of that name, else a RuntimeError."""
     kind = getattr(builtins, name, None) if isinstance(name, str) else None
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _NEVER_RAISED):
         return kind(text)
     return RuntimeError(text)
 
 
 def update(mine, theirs):
-    """Makes a list, a set or a dictionary that was passed what the function left of it."""
-    if type(mine) is list and type(theirs) is list:
-        mine[:] = theirs
-    elif type(mine) in (dict, set) and type(theirs) is type(mine):
-        mine.clear()
-        mine.update(theirs)
+    """Makes a list, a set, a dictionary or the like that was passed what the function left of it."""
+    kind = dict if type(mine) is collections.defaultdict else type(mine)
+    if kind not in _CHANGEABLE or type(theirs) is not kind:
+        return
+    mine.clear()
+    (mine.update if kind is set or kind in _DICTIONARIES else mine.extend)(theirs)
 
 
 def main():
-    """One job, described by the first line of the input."""
+    """The first line of the input is the confinement; the second, sent once all sandboxes are confined, the job."""
     source = os.fdopen(os.dup(0), "r", encoding="utf-8")
-    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sink = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     nothing = os.open("/dev/null", os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
@@ -226,13 +260,13 @@ def main():
         sink.write(line + "\n")
         sink.flush()
 
-    config = json.loads(source.readline())
     try:
-        confine(config)
+        confine(json.loads(source.readline()))
     except (OSError, ValueError, KeyError) as error:
         return say("refused " + told(error))
     say("confined")
-    {"code": serve, "test": judge}[config["role"]](config, source, say)
+    job = json.loads(source.readline())
+    {"code": serve, "test": judge}[job["role"]](job, source, say)
     os._exit(0)
 
 

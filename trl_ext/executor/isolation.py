@@ -21,6 +21,8 @@ FOLDER = "/tmp"
 """Where the untrusted text may write."""
 ENVIRONMENT = {"HOME": FOLDER, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 """All that the untrusted text finds in its environment; with the hash seed the order of a set is the same each time."""
+SET_UP_S = 60.0
+"""Bound of setting up the sandboxes of a job, which is not part of the job's own time."""
 _PYTHON = ("-s", "-S", "-B", "-X", "utf8", "-c")
 _HIGHEST_USER = 2_000_000_000
 
@@ -42,6 +44,7 @@ class Isolation(Protocol):
 
     name: ClassVar[str]
     install: ClassVar[str]
+    programs: ClassVar[tuple[str, ...]]
 
     @property
     def program(self) -> str:
@@ -72,6 +75,7 @@ class Bubblewrap:
 
     name: ClassVar[str] = "bubblewrap"
     install: ClassVar[str] = "apt-get install bubblewrap (or dnf, pacman), on a kernel that lets users make namespaces"
+    programs: ClassVar[tuple[str, ...]] = ("bwrap",)
     program: str = "bwrap"
     python: Interpreter | None = None
 
@@ -123,7 +127,7 @@ def mount_script(python: Interpreter, limits: Limits) -> str:
     lines += ["mkdir -p " + " ".join(shlex.quote(f".{folder}") for folder in sorted(folders))]
     lines += [f": > {shlex.quote('.' + path)}" for path in kept if not Path(path).is_dir()]
     lines += ["printf '%s\\n' " + " ".join(map(shlex.quote, table)) + " > table", "mount --all --fstab table"]
-    lines += [f"mount -o remount,bind,ro,nosuid,nodev {_ROOT}", "pivot_root . old", "cd /", 'exec "$@"']
+    lines += [f"mount -o remount,bind,ro,nosuid,nodev {_ROOT}", "pivot_root . old", "cd /", '"$@"', "exit"]
     return "\n".join(lines)
 
 
@@ -134,19 +138,23 @@ def _escaped(path: str) -> str:
 
 @dataclass(frozen=True)
 class Unshare:
-    """`unshare`, `mount` and `pivot_root` of util-linux, `timeout` of coreutils: as root with real users, else in a user namespace."""
+    """`unshare`, `setpriv`, `mount`, `pivot_root` of util-linux: as root with real users, else in a user namespace."""
 
     name: ClassVar[str] = "unshare"
     install: ClassVar[str] = "apt-get install util-linux mount, and root or a kernel that lets users make namespaces"
+    programs: ClassVar[tuple[str, ...]] = ("unshare",)
     program: str = "unshare"
     python: Interpreter | None = None
 
     def launch(self, source: str, limits: Limits, mark: str) -> Launch:
-        """`timeout` ends it even if this process is killed. The sandbox lets go of the old root by itself."""
+        """Ends with this process: the kernel kills `unshare` with it, and the shell, first in its namespace, with that.
+
+        So the shell stays: the untrusted text, in its place, could clear that signal. The sandbox lets go of the old
+        root by itself.
+        """
         python, uid = self.python or find_interpreter(), own_user()
         namespaces = ["--mount", "--ipc", "--pid", "--net", "--uts", "--cgroup", "--propagation", "private"]
-        argv = ["timeout", "--signal", "KILL", f"{limits.wall_s + 1:g}"]
-        argv += [self.program, *namespaces, "--fork", "--kill-child"]
+        argv = ["setpriv", "--pdeathsig", "KILL", self.program, *namespaces, "--fork", "--kill-child"]
         argv += ["--user", "--map-root-user"] if uid is None else []
         argv += ["sh", "-euc", mount_script(python, limits), "sh"]
         argv += [python.executable, *_PYTHON, source, mark]
@@ -159,11 +167,15 @@ class Container:
 
     name: ClassVar[str] = "container"
     install: ClassVar[str] = "docker or podman, running, and its image: docker pull python:3.12-slim"
+    programs: ClassVar[tuple[str, ...]] = ("docker", "podman")
     program: str = "docker"
     image: str = "python:3.12-slim"
 
     def launch(self, source: str, limits: Limits, mark: str) -> Launch:
-        """The user is the container's, not this process's to give; a kill of the client would leave the container."""
+        """The user is the container's, not this process's to give; a kill of the client would leave the container.
+
+        `timeout`, first in the container, ends it if this process was killed.
+        """
         user, memory = free_user("0 0 65536"), f"{limits.memory_mb + limits.disk_mb}m"
         argv = [
             self.program,
@@ -179,10 +191,11 @@ class Container:
         ]
         argv += ["--network", "none", "--ipc", "private", "--read-only", "--user", f"{user}:{user}"]
         argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-        argv += ["--memory", memory, "--memory-swap", memory, "--pids-limit", str(limits.processes + 1), "--cpus", "1"]
+        argv += ["--memory", memory, "--memory-swap", memory, "--pids-limit", str(limits.processes + 2), "--cpus", "1"]
         argv += ["--tmpfs", f"{FOLDER}:rw,nosuid,nodev,noexec,mode=1777,size={limits.disk_mb}m", "--workdir", FOLDER]
         argv += ["--shm-size", "64k", "--log-driver", "none"]
         for name, value in ENVIRONMENT.items():
             argv += ["--env", f"{name}={value}"]
-        argv += ["--entrypoint", "python3", self.image, *_PYTHON, source, mark]
-        return Launch(tuple(argv), None, None, stop=(self.program, "kill", mark))
+        argv += ["--entrypoint", "timeout", self.image, "-s", "KILL", f"{SET_UP_S + limits.wall_s:g}"]
+        argv += ["python3", *_PYTHON, source, mark]
+        return Launch(tuple(argv), None, None, stop=(self.program, "rm", "--force", mark))

@@ -17,15 +17,17 @@ import signal
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl_ext.executor.base import Job, Limits, NoIsolation, Outcome
-from trl_ext.executor.isolation import ENVIRONMENT, FOLDER, Isolation, Launch
+from trl_ext.executor.isolation import ENVIRONMENT, FOLDER, SET_UP_S, Isolation, Launch
 
 MARK = "trl-ext-sandbox"
 _MAX_REASON = 300
+_END_S = 10.0  # the kernel needs a moment to take a killed sandbox down, more on a machine with a high load
 
 
 class Ended(Exception):
@@ -61,22 +63,27 @@ class Sandbox:
 
     @classmethod
     async def start(cls, isolation: Isolation, limits: Limits) -> Sandbox:
-        """Starts one, which waits for its job."""
+        """Starts one, which gives up its privileges and waits for its job. NoIsolation if there is no such program."""
         launch = isolation.launch(_source(), limits, f"{MARK}-{os.getpid()}-{secrets.token_hex(8)}")
         pipes: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE, "limit": limits.message_bytes}
-        process = await asyncio.create_subprocess_exec(
-            *launch.argv, **pipes, env=launch.environment, start_new_session=True
-        )
-        return cls(launch, process, limits)
-
-    async def give(self, **job: Any) -> None:
-        """Sends the job: role, text, entry point and, to a judge, the secret."""
-        own = {"uid": self.launch.uid, "old_root": self.launch.old_root, "folder": FOLDER, "environment": ENVIRONMENT}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *launch.argv, **pipes, env=launch.environment, start_new_session=True
+            )
+        except FileNotFoundError as error:
+            raise NoIsolation(f"there is no program {launch.argv[0]}") from error
+        box = cls(launch, process, limits)
+        own = {"uid": launch.uid, "old_root": launch.old_root, "folder": FOLDER, "environment": ENVIRONMENT}
         with contextlib.suppress(Ended):  # `confined` says why it ended
-            await self.send(json.dumps(own | {"rlimits": rlimits(self.limits)} | job).encode() + b"\n")
+            await box.give(rlimits=rlimits(limits), **own)
+        return box
+
+    async def give(self, **values: Any) -> None:
+        """Sends how to confine itself, then the job: role, text, entry point and, to a judge, the secret."""
+        await self.send(json.dumps(values).encode() + b"\n")
 
     async def confined(self) -> None:
-        """Waits until it says that it gave up its privileges; no untrusted text runs before that. NoIsolation if not."""
+        """Waits until it says that it gave up its privileges; no untrusted text is sent before. NoIsolation if not."""
         if (line := await self.line()) == b"confined\n":
             return
         await asyncio.wait([self.listener], timeout=1)
@@ -112,22 +119,32 @@ class Sandbox:
     async def end(self) -> int:
         """Kills everything in it; the status of the process that was started.
 
-        What it left in its pipe is read first, as far as allowed: with the last process the pipe ends.
+        What it left in its pipe is read first, as far as allowed: with the last process the pipe ends. NoIsolation if
+        it does not end, for then something in it got away.
         """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.launch.stop:
             killer = await asyncio.create_subprocess_exec(*self.launch.stop, stdout=PIPE, stderr=PIPE)
-            await killer.communicate()
+            with contextlib.suppress(TimeoutError):  # its container ends by itself later
+                await asyncio.wait_for(killer.communicate(), _END_S)
         await asyncio.wait([self.listener], timeout=1)
         self.listener.cancel()
-        for stream in (self.process.stdout, self.process.stderr):
-            await _emptied(stream)
-        return await self.process.wait()
+        try:
+            async with asyncio.timeout(_END_S):
+                for stream in (self.process.stdout, self.process.stderr):
+                    await _emptied(stream)
+                return await self.process.wait()
+        except TimeoutError:
+            self.process._transport.close()  # type: ignore[attr-defined]  # there is no public way to let go of pipes
+            raise NoIsolation(f"{self.launch.argv[0]}: what it started outlives it; end it by hand") from None
 
 
 async def _emptied(stream: asyncio.StreamReader | None) -> None:
-    """Reads a dead process's pipe to its end; asyncio would wait for ever for one that it stopped reading when full."""
+    """Reads a dead process's pipe to its end; asyncio would wait for ever for one that it stopped reading when full.
+
+    A process that outlives its sandbox keeps the pipe open: bound the wait.
+    """
     while stream is not None and await stream.read(65_536):
         pass
 
@@ -162,8 +179,20 @@ class Sandboxes:
         return self.run_all([job], limits, at_once=1)[0]
 
     def run_all(self, jobs: Sequence[Job], limits: Limits = Limits(), at_once: int | None = None) -> list[Outcome]:
-        """Runs many, `at_once` at a time (none: one for each processor). The first NoIsolation ends it."""
-        return asyncio.run(self._run_all(jobs, limits, at_once or os.cpu_count() or 1))
+        """Runs many, `at_once` at a time (none: one for each processor of ours). The first NoIsolation ends it.
+
+        It may be called where an event loop runs (a notebook, a server), and blocks that until all are done.
+        """
+
+        def run() -> list[Outcome]:
+            return asyncio.run(self._run_all(jobs, limits, at_once or len(os.sched_getaffinity(0))))
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return run()
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(run).result()
 
     async def _run_all(self, jobs: Sequence[Job], limits: Limits, at_once: int) -> list[Outcome]:
         places = asyncio.Semaphore(at_once)
@@ -176,14 +205,14 @@ class Sandboxes:
 
     async def _run(self, job: Job, limits: Limits) -> Outcome:
         began, secret = time.monotonic(), secrets.token_hex(16)
+        given = roles(job, secret)
         boxes: list[Sandbox] = []
-        end = Ended("passed")
         try:
+            await self._set_up(boxes, len(given), limits)
+            began = time.monotonic()  # only now is it the job's time
             async with asyncio.timeout(limits.wall_s):
-                for given in roles(job, secret):
-                    boxes.append(await Sandbox.start(self.isolation, limits))
-                    await boxes[-1].give(**given)
-                end = Ended(await _first(verdict(boxes, secret), *(box.too_much.wait() for box in boxes)), judged=True)
+                judging = verdict(boxes, given, secret)
+                end = Ended(await _first(judging, *(box.too_much.wait() for box in boxes)), judged=True)
         except TimeoutError:
             end = Ended(f"no verdict after {limits.wall_s:g} s", killed=True)
             end.timed_out = True
@@ -192,6 +221,17 @@ class Sandboxes:
         finally:
             status = await asyncio.gather(*(box.end() for box in boxes))
         return _outcome(end, status, boxes, limits, time.monotonic() - began)
+
+    async def _set_up(self, boxes: list[Sandbox], count: int, limits: Limits) -> None:
+        """Adds confined sandboxes to `boxes`, which its caller ends."""
+        try:
+            async with asyncio.timeout(SET_UP_S):
+                for _ in range(count):
+                    boxes.append(await Sandbox.start(self.isolation, limits))
+                for box in boxes:
+                    await box.confined()
+        except TimeoutError:
+            raise NoIsolation(f"{self.name} did not set up a sandbox within {SET_UP_S:g} s") from None
 
 
 def _outcome(end: Ended, status: Sequence[int], boxes: Sequence[Sandbox], limits: Limits, seconds: float) -> Outcome:
@@ -210,11 +250,14 @@ def roles(job: Job, secret: str) -> list[dict[str, Any]]:
     return [judge, {"role": "code", "text": job.code, "entry_point": job.entry_point}]
 
 
-async def verdict(boxes: Sequence[Sandbox], secret: str) -> str:
-    """Passes calls to the code and values back until the judge speaks; its reason, "passed" for a pass."""
+async def verdict(boxes: Sequence[Sandbox], given: Sequence[dict[str, Any]], secret: str) -> str:
+    """Sends the job to its sandboxes, then passes calls to the code and values back until the judge speaks.
+
+    Its reason, "passed" for a pass.
+    """
     judge = boxes[0]
-    for box in boxes:
-        await box.confined()
+    for box, values in zip(boxes, given, strict=True):
+        await box.give(**values)
     if len(boxes) == 2 and (said := await boxes[1].line()) != b"ready\n":
         text = said.decode(errors="replace").removeprefix("broken ").strip()
         raise Ended(f"the code does not load: {text or 'it ended early'}")
