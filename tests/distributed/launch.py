@@ -24,7 +24,7 @@ def two_processes(module: str, out: Path) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
@@ -41,7 +41,7 @@ def accelerate_launch(config: str, words: list[str]) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
