@@ -105,12 +105,17 @@ CASES = {
         "loss_type",
         "dapo",
     ),
-    "never saved": (["--max_steps", "19"], ["--max_steps", "20"], "save_steps", "save_steps: 4"),
-    "never evaluated": (
+    "saved at the end alone": (
+        ["--max_steps", "19"],
+        ["--max_steps", "20"],
+        "save_steps",
+        "the only checkpoint is written at the end, so a run that is cut off cannot be resumed; set save_steps: 4",
+    ),
+    "evaluated at the end alone": (
         ["--eval_strategy", "steps", "--eval_steps", "301"],
         ["--eval_strategy", "steps", "--eval_steps", "300"],
         "eval_steps",
-        "max_steps 300",
+        "max_steps 300: the only evaluation comes at the end",
     ),
     "never warm": (["--warmup_steps", "300"], ["--warmup_steps", "299"], "warmup_steps", "warmup_steps: 30"),
 }

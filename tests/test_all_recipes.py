@@ -37,6 +37,12 @@ COLUMNS: dict[str, dict[str, Any]] = {
         **{f"{tier}_hints": ["count"] for tier in ("knowledge", "planning", "solution")},
     },
     "trl-lib/hh-rlhf-helpful-base": {"prompt": TURNS, "chosen": REPLY, "rejected": REPLY},
+    "iamtarun/python_code_instructions_18k_alpaca": {
+        "instruction": "Write a function that doubles.",
+        "input": "4",
+        "output": "def f(x): return 2 * x",
+        "prompt": "Below is an instruction.",
+    },
     "trl-lib/kto-mix-14k": {"prompt": TURNS, "completion": REPLY, "label": True},
     "HuggingFaceH4/ultrafeedback_binarized": {
         "prompt": "What is 1 + 1?",

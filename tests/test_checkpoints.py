@@ -63,6 +63,15 @@ def test_resume_true_takes_the_newest_whole_checkpoint(tmp_path):
     assert_equal(weights(whole), weights(train(tmp_path, resume=True)))
 
 
+def test_a_run_that_was_killed_after_its_last_step_makes_no_more(tmp_path):
+    """In the middle of an epoch: at its end transformers stops by itself."""
+    whole = train(tmp_path / "whole", max_steps=3)
+    assert whole.state.epoch % 1
+    resumed = train(tmp_path / "again", resume=str(tmp_path / "whole/checkpoint-3"), max_steps=3)
+    assert resumed.state.global_step == 3 and resumed._step == whole._step
+    assert_equal(weights(whole), weights(resumed))
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         train(tmp_path, resume=True)

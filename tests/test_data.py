@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from datasets import Dataset
 
 from trl_ext.data import DataError, load_data, template_fields
+from trl_ext.loops.labels import balance_warning
 from trl_ext.recipe import Recipe, load_recipe
 
 ROWS = [{"problem": f"What is {i} + 1?", "expected": str(i + 1), "kind": "sum"} for i in range(6)]
@@ -188,8 +190,70 @@ def test_pairs_become_labelled_replies(tmp_path: Path, prompt: bool) -> None:
     if not prompt:
         row = {"chosen": turn + reply("Hello."), "rejected": turn + reply("No.")}
     data = load_data(recipe(tmp_path, save(tmp_path, ".jsonl", [row] * 2), trainer="kto", rewards=None))
-    assert data.rows == 4 and data.train["label"][:] == [True, True, False, False]
-    assert data.train[2]["prompt"] == turn and data.train[2]["completion"] == reply("No.")
+    assert data.rows == 4 and data.train["label"][:] == [True, False, True, False]
+    assert data.train[1]["prompt"] == turn and data.train[1]["completion"] == reply("No.")
+
+
+def many_pairs(n: int) -> list[dict]:
+    """The prompt's number is in both replies, and in a column of its own."""
+    return [{"prompt": f"What is {i}?", "chosen": f"good {i}", "rejected": f"bad {i}", "n": i} for i in range(n)]
+
+
+@pytest.mark.parametrize("limit", [None, 20, 21])
+def test_labels_alternate_and_pairs_stay_whole(tmp_path: Path, limit: int | None) -> None:
+    keys = {"trainer": "kto", "rewards": None, "max_train_rows": limit, "eval_rows": limit, "eval_strategy": "epoch"}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for stem in ("train", "test"):
+        save(folder, ".jsonl", many_pairs(40), stem=stem)
+    data = load_data(recipe(tmp_path, folder, **keys))
+    for rows in (data.train, data.eval):
+        n = len(rows) // 2
+        assert n == (10 if limit else 40) and rows["label"][:] == [True, False] * n
+        for row in rows:
+            kind = "good" if row["label"] else "bad"
+            assert row["completion"] == reply(f"{kind} {row['n']}") and f"{row['n']}?" in row["prompt"][0]["content"]
+        for good in (True, False):
+            assert sorted(row["n"] for row in rows if row["label"] is good) == list(range(n))
+        numbers = rows["n"][:]
+        assert all(a != b for a, b in itertools.pairwise(numbers)), "neighbours share no prompt"
+    with pytest.raises(DataError, match="max_train_rows: 1 is less than one pair"):
+        load_data(recipe(tmp_path, folder, **{**keys, "max_train_rows": 1}))
+
+
+def test_long_prompts_take_both_replies_with_them(tmp_path: Path) -> None:
+    path = save(tmp_path, ".jsonl", many_pairs(12))
+    made = recipe(tmp_path, path, trainer="kto", rewards=None, max_prompt_tokens=10)
+    data = load_data(made, lambda prompt: len(prompt[0]["content"]))  # "What is 10?" has 11 letters
+    assert (data.rows, data.dropped) == (20, 4) and data.train["label"][:] == [True, False] * 10
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("wrong", [-1, None, 2])
+def test_every_label_is_checked(tmp_path: Path, streaming: bool, wrong: object) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (1, 0, 1, wrong, 0)]
+    keys = {"trainer": "kto", "rewards": None, "dataset_streaming": streaming, "max_steps": 1}
+    made = recipe(tmp_path, save(tmp_path, ".jsonl", rows), **keys)
+    with pytest.raises(DataError, match=rf"label: expected true or false .*, row 3 \(from 0\) has {wrong}"):
+        list(load_data(made).train)
+
+
+def test_streamed_pairs_alternate(tmp_path: Path) -> None:
+    path = save(tmp_path, ".jsonl", many_pairs(5))
+    keys = {"trainer": "kto", "rewards": None, "dataset_streaming": True, "max_steps": 1}
+    rows = list(load_data(recipe(tmp_path, path, **keys, max_train_rows=6)).train)
+    assert [row["label"] for row in rows] == [True, False] * 3
+    assert {row["completion"][0]["content"] for row in rows} == {f"{k} {i}" for i in range(3) for k in ("good", "bad")}
+    assert set(rows[0]) == {"prompt", "completion", "label", "n"}
+
+
+@pytest.mark.parametrize(("loss_type", "warned"), [("kto", True), ("bco", True), ("apo_zero_unpaired", False)])
+def test_unbalanced_labels_are_said(tmp_path: Path, loss_type: str, warned: bool) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": i > 0} for i in range(10)]
+    keys = {"methods": ["bco"]} if loss_type == "bco" else {}
+    path = save(tmp_path, ".jsonl", rows)
+    made = recipe(tmp_path, path, trainer="kto", rewards=None, loss_type=loss_type, **keys)
+    assert bool(balance_warning(made, load_data(made))) == warned
 
 
 def test_demonstrations(tmp_path: Path) -> None:
@@ -209,7 +273,11 @@ def test_demonstrations(tmp_path: Path) -> None:
     ("trainer", "row", "message"),
     [
         ("kto", {"prompt": "a", "completion": "b"}, "the kto trainer: there is no column 'label'"),
-        ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "label: expected true or false .* has 'good'"),
+        (
+            "kto",
+            {"prompt": "a", "completion": "b", "label": "good"},
+            "label: expected true or false .* row 0 .* has 'good'",
+        ),
         ("sft", {"prompt": "a"}, "the sft trainer: there is no column 'completion'"),
     ],
 )

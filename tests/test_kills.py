@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -28,8 +29,21 @@ def test_difference_and_summary_by_hand() -> None:
     with pytest.raises(ValueError, match="other weights"):
         kills.difference(one, {"a": one["a"]})
     struck = [{"killed": True, "in": "training"}, {"killed": False, "in": None}]
-    found = kills.summary([{"kills": struck, "difference": 0.0}, {"kills": struck, "difference": 0.25}])
+    trials = [{"kills": struck, "equal": d == 0.0, "difference": d} for d in (0.0, 0.25)]
+    found = kills.summary(trials)
     assert found == {"kills": 2, "in": {"training": 2}, "trials": 2, "equal": 1, "largest_difference": 0.25}
+
+
+def test_nan_is_never_equal() -> None:
+    """`max` of Python's floats passes over a NaN that is not the first."""
+    one = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+    nan = one | {"b": torch.tensor([float("nan")])}
+    assert kills.equal(one, dict(one)) and not kills.equal(one, nan) and not kills.equal(nan, nan)
+    assert not kills.equal(one, one | {"b": torch.tensor([2.5])}) and not kills.equal(one, {"a": one["a"]})
+    assert math.isnan(kills.difference(one, nan)) and math.isnan(kills.difference(nan, one))
+    trials = [{"kills": [], "equal": d == 0.0, "difference": d} for d in (0.0, float("nan"))]
+    found = kills.summary(trials)
+    assert found["equal"] == 1 and math.isnan(found["largest_difference"])
 
 
 def test_killed_twice_and_resumed(tmp_path) -> None:
@@ -41,5 +55,5 @@ def test_killed_twice_and_resumed(tmp_path) -> None:
     assert [kill["killed"] for kill in happened] == [True, True]
     assert happened[0]["checkpoint"] is not None
     whole = kills.weights(tmp_path / "whole")
-    assert kills.difference(kills.weights(tmp_path / "killed"), whole) == 0.0
+    assert kills.equal(kills.weights(tmp_path / "killed"), whole)
     assert max(float(value.abs().max()) for name, value in whole.items() if "lora_B" in name) > 0

@@ -31,6 +31,9 @@ class Labels(Method):
     def needs(self):
         return frozenset({REFERENCE})
 
+    def sentence_encoders(self):
+        return (tiny_path(),)
+
     def start_labels(self, data):
         type(self).data = data
 
@@ -144,14 +147,53 @@ def test_prompts_are_embedded_by_the_frozen_model(tmp_path, lora):
     torch.testing.assert_close(x.embed_prompts(rows, None), expected[rows], atol=1e-5, rtol=1e-5)
     rows = torch.tensor([7, 2, 11, 4, 0])
     torch.testing.assert_close(Labels.data.embed_prompts(rows, None), expected[rows], atol=1e-5, rtol=1e-5)
-    assert Labels.data.label.tolist() == data["label"][:]
+    assert Labels.data.label.tolist() == data["label"][:] and Labels.data.has_prompt.all() and x.has_prompt.all()
     torch.testing.assert_close(x.embed_prompts(torch.tensor([1]), tiny_path()), expected[1:2], atol=1e-5, rtol=1e-5)
+
+
+class Ranked:
+    """An accelerator as one of three processes sees it."""
+
+    num_processes = 3
+
+    def __init__(self, real, rank):
+        self.real, self.process_index = real, rank
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+def test_a_process_without_a_row_takes_part(tmp_path, monkeypatch):
+    """Two rows over three processes, and seven: each process gets all of them, in order."""
+    trainer = make(tmp_path, methods="labels", max_length=64)
+    real = trainer.accelerator
+
+    def embed_as(rank, indices, gather):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "accelerator", Ranked(real, rank))
+            patch.setattr(trainer, "_gather_values", gather)
+            return trainer._embed_rows(indices, None)
+
+    for indices in (torch.tensor([5, 1]), torch.tensor([7, 2, 11, 4, 0, 3, 9])):
+        expected, sent = trainer._embed_rows(indices, None), []
+
+        def send(values, sent=sent):
+            sent.append(values)
+            raise InterruptedError  # the others have not sent theirs yet
+
+        for rank in range(3):
+            with pytest.raises(InterruptedError):
+                embed_as(rank, indices, send)
+        for rank in range(3):
+            found = embed_as(rank, indices, lambda values, sent=sent: (torch.cat(sent), slice(None)))
+            torch.testing.assert_close(found, expected)
 
 
 def test_a_loss_of_zero_trains_nothing(tmp_path):
     trainer = make(tmp_path, methods="zeroing", loss_type="zeroing")
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert not any("kl" in entry for entry in entries), "nothing measured it"
     assert [entry["loss"] for entry in entries] == [0.0] * 3 and {entry["grad_norm"] for entry in entries} == {0.0}
 
 

@@ -234,6 +234,7 @@ def test_every_hook_has_a_stage():
     """A hook that no stage lists would be missing from the plan that people read."""
     listed = {hook for hooks in plan.STAGES.values() for hook in hooks}
     declared = {"needs", "check", "cost", "summary", "pair_columns", "frozen_models"}
+    declared |= {"state_problem", "start_training", "sentence_encoders"}
     assert {n for n, v in vars(Method).items() if callable(v) and not n.startswith("_")} == listed | declared
 
 

@@ -25,7 +25,9 @@ def test_claims_are_judged_by_their_interval():
     over = Claim("bco", "more", "bco, UDM", "accuracy")
     assert judged(over, found, "bco")["outcome"] == "not seen"
     assert judged(Claim("bco", "more", "bco, UDM", "accuracy", "above", 0.5), found, "bco")["outcome"] == "confirmed"
-    assert judged(Claim("bco", "less", "bco, UDM", "accuracy", "below", 0.5), found, "bco")["outcome"] == "contradicted"
+    assert (
+        judged(Claim("bco", "less", "bco, UDM", "accuracy", "below", 0.5), found, "bco")["outcome"] == "contradicted"
+    )
     assert judged(Claim("bco", "x", "bco, UDM", "length"), found, "bco")["outcome"] == "not measured"
 
 

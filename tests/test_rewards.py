@@ -96,6 +96,7 @@ def test_the_table() -> None:
         "text_format",
         "reward_ensemble",
         "judge_consistent",
+        "eva",
     )
     for name in set(REWARDS) - set(skipped):
         if name in need_settings:

@@ -97,7 +97,7 @@ def test_plan(name: str) -> None:
 @pytest.mark.parametrize("name", ["sandbox_dno", "sandbox_kto_iterative"])
 def test_the_sandbox_has_enough_prompts(name: str) -> None:
     recipe = load_recipe(str(FOLDER / f"{name}.yaml"))
-    held_out, rounds = splits(load_data(recipe).rows, recipe.loop, recipe.training_args.seed)
+    held_out, rounds = splits(range(load_data(recipe).rows), recipe.loop, recipe.training_args.seed)
     everything = [*held_out, *(i for one in rounds for i in one)]
     assert len(held_out) == 100 and [len(one) for one in rounds] == [160] * 3
     assert len(set(everything)) == len(everything) == 580

@@ -22,7 +22,8 @@ RATE_SPAN = 10
 SCALE_RANGE = (0.25, 8.0)
 """What alpha / r, the factor of an adapter's update, is usually within: TRL's default is 2. The range is ours."""
 HALF_SPACING = 2.0**-9
-"""Half of the spacing of bfloat16's numbers below 2, relative to 1: smaller changes are rounded away."""
+"""Half of the spacing of bfloat16's numbers relative to the number itself, at the least: 2^-9 just below a power of two,
+2^-8 at one. A change by less is rounded away in every number."""
 ORDINARY_WIDTH = 256
 """Hidden size from which a model is no toy. Ours."""
 TYPICAL_WEIGHT = 0.02
@@ -131,7 +132,13 @@ def wide_base(recipe: Any, config: Any) -> Iterator[Advice]:
     """A frozen base in float32 under half-precision compute."""
     args, model = recipe.training_args, recipe.model_args
     packed = model.load_in_4bit or model.load_in_8bit
-    if _real(recipe, config) and model.use_peft and not packed and model.dtype == "float32" and (args.bf16 or args.fp16):
+    if (
+        _real(recipe, config)
+        and model.use_peft
+        and not packed
+        and model.dtype == "float32"
+        and (args.bf16 or args.fp16)
+    ):
         half = "bfloat16" if args.bf16 else "float16"
         yield Advice(
             "dtype",
@@ -302,14 +309,14 @@ def batch_dependent_loss(recipe: Any, config: Any) -> Iterator[Advice]:
 
 
 def never_reached(recipe: Any, config: Any) -> Iterator[Advice]:
-    """Checkpoints, evaluations and warm-ups that `max_steps` ends before."""
+    """Warm-ups that `max_steps` ends before; checkpoints and evaluations that then come at the last step alone."""
     args = recipe.training_args
     steps = args.max_steps
     if steps <= 0:
         return
     for kind, what in (
-        ("save", "no checkpoint is written, so nothing can be resumed"),
-        ("eval", "nothing is evaluated"),
+        ("save", "the only checkpoint is written at the end, so a run that is cut off cannot be resumed"),
+        ("eval", "the only evaluation comes at the end, so nothing shows on the way"),
     ):
         every = getattr(args, f"{kind}_steps") or 0
         if str(getattr(getattr(args, f"{kind}_strategy"), "value", "")) == "steps" and every > max(steps, 1):
@@ -318,7 +325,7 @@ def never_reached(recipe: Any, config: Any) -> Iterator[Advice]:
                 f"{every:g}",
                 f"the run ends after max_steps {steps}: {what}",
                 f"set {kind}_steps: {max(steps // 4, 1)}, or a larger max_steps",
-                "arithmetic",
+                "transformers' DefaultFlowCallback, which saves and evaluates at the last step in any case",
             )
     warm = args.get_warmup_steps(steps)
     if warm >= steps and args.lr_scheduler_type != "constant":

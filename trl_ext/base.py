@@ -66,6 +66,7 @@ class MethodTrainer:
     # Set by TRL's trainer
     accelerator: Any
     args: Any
+    control: Any
     model: Any
     optimizer: Any
     ref_model: Any
@@ -265,17 +266,29 @@ class MethodTrainer:
                 raise checkpoints.CheckpointError(f"nothing to resume: no whole checkpoint in {self.args.output_dir}")
         if isinstance(resume_from_checkpoint, str):
             self._check_same_methods(resume_from_checkpoint)
+        for method in self.plan.methods:
+            method.start_training()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that was killed after its last step has nothing left to do; transformers would make one step more."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _check_same_methods(self, checkpoint: str) -> None:
         path = Path(checkpoint) / checkpoints.METHODS_FILE
-        saved = checkpoints.load(path)["names"] if path.exists() else []
-        names = [method.name for method in self.plan.methods]
+        content = checkpoints.load(path) if path.exists() else {"names": [], "states": {}}
+        saved, names = content["names"], [method.name for method in self.plan.methods]
         if saved != names:
             raise checkpoints.CheckpointError(
                 f"{checkpoint} was trained with methods {saved or 'none'}, this run names {names or 'none'}. Name the "
                 "same methods in the same order to resume, or start a new run from its weights (model_name_or_path)."
             )
+        for method in self.plan.methods:
+            if (problem := method.state_problem(content["states"][method.name])) is not None:
+                raise checkpoints.CheckpointError(f"{checkpoint} does not fit this run: {method.name}: {problem}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from evals.report.markdown import model_index
 from evals.result import Result
 from trl_ext.loops import LOOPS
 from trl_ext.methods import METHODS
-from trl_ext.run_facts import PublishError, Run, is_hub_name
+from trl_ext.run_facts import PublishError, Run
 
 TRAINERS = {
     "grpo": (
@@ -106,11 +106,17 @@ def metadata(facts: Card) -> ModelCardData:
         license_name=facts.license.name,
         license_link=facts.license.link,
         pipeline_tag="image-text-to-text" if facts.run.images else "text-generation",
-        datasets=[name for name, _ in data_sets(facts.run) if is_hub_name(name)] or None,
+        datasets=[name for name, _ in data_sets(facts.run) if facts.run.on_hub(name)] or None,
         tags=[tag for tag in tags if tag],
-        base_model_relation="finetune" if whole else "adapter",
+        base_model_relation=relation(facts.run),
+        trl_ext_run=facts.run.name,
         **index,
     )
+
+
+def relation(run: Run) -> str:
+    """What a run is to its base, in the Hub's words."""
+    return "finetune" if run.adapter is None else "adapter"
 
 
 def check(data: ModelCardData) -> None:

@@ -15,7 +15,7 @@ from evals.report.markdown import escape, markdown
 from evals.stats import Estimate
 from trl_ext.card_data import TRAINERS, Card, check, data_sets, metadata, named, papers, trainers
 from trl_ext.report.evaluation import percent
-from trl_ext.run_facts import RECIPE, PublishError, Run, is_hub_name
+from trl_ext.run_facts import RECIPE, PublishError, Run
 from trl_ext.staging import CURVES
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -65,7 +65,7 @@ def _methods(run: Run) -> str:
 def _data(run: Run) -> str:
     lines = []
     for name, split in data_sets(run):
-        if is_hub_name(name):
+        if run.on_hub(name):
             lines.append(f"- [{name}](https://huggingface.co/datasets/{name}), split {split}")
         elif name.startswith("sandbox/"):
             lines.append(f"- `{name}`: problems that trl-ext generates, split {split}; not a benchmark")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl import extract_prompt, unpair_preference_dataset
+from trl import extract_prompt
 
 from trl_ext.data_sources import DataError, evaluates, held_out, load_source, split_names, split_of
 from trl_ext.plan import did_you_mean
@@ -51,19 +51,26 @@ def load_data(recipe: Recipe, count_tokens: Callable[[Any], int] | None = None) 
     raw = split_of(source, train_split)
     asked = recipe.loop is not None and not recipe.loop.makes_data  # the loop's questions are all that rewards see
     check_rewards(recipe.rewards, ["prompt", "answer"] if asked else _columns_after(raw, recipe))
-    train = _prepared(raw, recipe)
-    before = _length(train)
-    train = _short_prompts(train, recipe, count_tokens)
-    after = _length(train)
-    if after == 0:
-        raise DataError(f"all {before} prompts are longer than max_prompt_tokens {recipe.extra.max_prompt_tokens}")
-    dropped = None if before is None or after is None or count_tokens is None else before - after
-    train = _first(train, recipe.extra.max_train_rows)
+    train, dropped = _rows(raw, recipe, count_tokens, "max_train_rows")
     evaluated = None
     if evaluates(recipe):
-        evaluated = _short_prompts(_prepared(split_of(source, test_split), recipe), recipe, count_tokens)
-        evaluated = _first(evaluated, recipe.extra.eval_rows)
+        evaluated, _ = _rows(split_of(source, test_split), recipe, count_tokens, "eval_rows")
     return Data(train, evaluated, held_out(recipe), _length(train), dropped)
+
+
+def _rows(raw: Any, recipe: Recipe, count_tokens: Callable[[Any], int] | None, limit: str) -> tuple[Any, int | None]:
+    """One split as the trainer takes it, at most as many rows as the recipe's `limit` says, and how many were too long."""
+    data, pairs = _prepared(raw, recipe)
+    short, each = _short_prompts(data, recipe, count_tokens), 2 if pairs else 1
+    before, after = _length(data), _length(short)
+    if after == 0:
+        raise DataError(f"all {before} prompts are longer than max_prompt_tokens {recipe.extra.max_prompt_tokens}")
+    dropped = None if before is None or after is None or count_tokens is None else each * (before - after)
+    most = getattr(recipe.extra, limit)
+    if most and most < each:
+        raise DataError(f"{limit}: {most} is less than one pair, which makes two labelled rows; set at least 2")
+    short = _first(short, most and most // each)
+    return (_labelled(short) if pairs else short), dropped
 
 
 def _short_prompts(data: Any, recipe: Recipe, count_tokens: Callable[[Any], int] | None) -> Any:
@@ -93,8 +100,8 @@ def _columns_after(data: Any, recipe: Recipe) -> list[str] | None:
     return [c for c in data.column_names if c not in mapping.values()] + list(mapping)
 
 
-def _prepared(data: Any, recipe: Recipe) -> Any:
-    """Columns under our names, prompts as messages."""
+def _prepared(data: Any, recipe: Recipe) -> tuple[Any, bool]:
+    """Columns under our names, prompts as messages; and whether the kto trainer gets pairs, to be made labelled rows."""
     first = next(iter(data), None)
     if first is None:
         raise DataError("the data set is empty")
@@ -108,11 +115,11 @@ def _prepared(data: Any, recipe: Recipe) -> Any:
         _need(list(fields), used, "prompt_template")
     wanted = _wanted(recipe, [*fields, *(["prompt"] if template is not None else [])])
     if "prompt" not in wanted:
-        return _unpaired(_renamed(data, mapping, columns), recipe, wanted)
+        return _checked(_renamed(data, mapping, columns), recipe, wanted)
     make = _Prompt(template, recipe.extra.system_prompt, fields)
     prepared = data.map(make)
     rest = {ours: theirs for ours, theirs in mapping.items() if ours not in ("prompt", *_REPLIES)}
-    return _unpaired(_renamed(prepared, rest, list(dict.fromkeys([*columns, "prompt"]))), recipe, wanted)
+    return _checked(_renamed(prepared, rest, list(dict.fromkeys([*columns, "prompt"]))), recipe, wanted)
 
 
 def _wanted(recipe: Recipe, fields: Sequence[str]) -> tuple[str, ...]:
@@ -133,17 +140,49 @@ def _wanted(recipe: Recipe, fields: Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def _unpaired(data: Any, recipe: Recipe, wanted: Sequence[str]) -> Any:
-    """For the kto trainer: each pair as two labelled rows, by TRL; labels are checked."""
+def _checked(data: Any, recipe: Recipe, wanted: Sequence[str]) -> tuple[Any, bool]:
+    """For the kto trainer: pairs have their prompt in a column, all labels are checked. True for such pairs."""
     if recipe.trainer != "kto" or recipe.loop is not None:
-        return data
+        return data, False
     if "label" not in wanted:
-        data = data if "prompt" in wanted else data.map(extract_prompt)
-        return unpair_preference_dataset(data)
-    label = next(iter(data))["label"]
-    if label not in (0, 1):
-        raise DataError(f"label: expected true or false (thumbs up or down), the first row has {label!r}")
-    return data
+        return (data if "prompt" in wanted else data.map(extract_prompt)), True
+    if isinstance(data, Dataset):
+        for row, label in enumerate(data["label"][:]):
+            _check_label({"label": label}, row)
+        return data, False
+    data = data.map(_check_label, with_indices=True)
+    next(iter(data))  # the first row's label before the model is loaded, the others' as they come
+    return data, False
+
+
+def _check_label(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Raises DataError for a label that is not true or false, 1 or 0; changes nothing."""
+    if row["label"] not in (0, 1):
+        raise DataError(
+            f"label: expected true or false (thumbs up or down), row {index} (from 0) has {row['label']!r}; mend or leave "
+            "out such rows"
+        )
+    return {}
+
+
+def _labelled(pairs: Any) -> Any:
+    """Each pair as two labelled rows, so that every batch has both classes: row 2i is chosen, row 2i + 1 rejected."""
+    columns = list(pairs.column_names or next(iter(pairs)))  # a stream may not know its columns
+    return pairs.map(_alternating, batched=True, remove_columns=columns)
+
+
+def _alternating(pairs: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Chosen reply of pair i, rejected reply of pair i - 1 (of the last one first), and so on.
+
+    Neighbours have different prompts: TRL's KTO gives a row its neighbour's reply to measure the KL with replies that
+    do not belong to their prompts.
+    """
+    n = len(pairs["chosen"])
+    order = [place for i in range(n) for place in ((i, "chosen"), ((i - 1) % n, "rejected"))]
+    rows = {
+        name: [values[i] for i, _ in order] for name, values in pairs.items() if name not in ("chosen", "rejected")
+    }
+    return {**rows, "completion": [pairs[side][i] for i, side in order], "label": [s == "chosen" for _, s in order]}
 
 
 @dataclass(frozen=True)

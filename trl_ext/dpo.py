@@ -7,8 +7,10 @@ Methods then see both forwards as a `PairInput`, and their losses are added: by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +32,11 @@ LOSS_TYPES = (
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 """TRL's names in `loss_type`."""
+READ_BY = {
+    "label_smoothing": ("exo_pair", "robust", "aot", "aot_unpaired"),
+    "discopop_tau": ("discopop",),
+}
+"""Setting of TRL -> its losses that read it."""
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -60,6 +67,7 @@ def check_losses(args: trl.DPOConfig, plan: Plan) -> None:
         for name in args.loss_type
         if name not in known
     ]
+    problems += _unread_settings(args, own)
     for name in own:
         if name not in args.loss_type:
             listed = ", ".join([*args.loss_type, name])
@@ -84,14 +92,28 @@ def check_losses(args: trl.DPOConfig, plan: Plan) -> None:
         raise PlanError(problems)
 
 
+def _unread_settings(args: trl.DPOConfig, own: Sequence[str]) -> list[str]:
+    """Settings of TRL's losses that are not at their defaults beside methods' losses, where no loss reads them."""
+    defaults = {f.name: f.default for f in fields(trl.DPOConfig)}
+    return [
+        f"{' and '.join(own)}: {key}: {getattr(args, key)} reaches none of loss_type; leave it at {defaults[key]}, or add "
+        f"a loss that reads it ({', '.join(readers)})"
+        for key, readers in READ_BY.items()
+        if own and getattr(args, key) != defaults[key] and not set(readers) & set(args.loss_type)
+    ]
+
+
 @dataclass(frozen=True)
 class _WithColumns:
     """A collator that adds the numbers of some columns, which TRL's own drops, as (B,) float32."""
 
     collate: Callable[[Any], dict[str, Any]]
     columns: tuple[str, ...]
+    plan: Plan
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if problems := [p for name in self.columns for p in _bad_numbers(self.plan, name, [r[name] for r in rows])]:
+            raise PlanError([f"{problem} (row of this batch)" for problem in problems])  # a stream has no other row
         found = {name: torch.tensor([float(row[name]) for row in rows]) for name in self.columns}
         return {**self.collate(rows), **found}
 
@@ -107,8 +129,23 @@ def check_columns(plan: Plan, *data: Any) -> None:
             for name in method.pair_columns()
             if name not in known
         ]
+        for name in dict.fromkeys(n for m in plan.methods for n in m.pair_columns() if n in known):
+            problems += _bad_numbers(plan, name, each[name]) if isinstance(each, Dataset) else []
     if problems:
         raise PlanError(dict.fromkeys(problems))
+
+
+def _bad_numbers(plan: Plan, name: str, values: Iterable[Any]) -> list[str]:
+    """The first value of a column that is no finite number, or out of the range of a method that reads it."""
+    for method in (m for m in plan.methods if name in m.pair_columns()):
+        low, high = method.column_ranges.get(name, (-math.inf, math.inf))
+        for row, value in enumerate(values):
+            if not (isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high):
+                return [
+                    f"{method.name}: column '{name}', row {row} (from 0): {value!r} is not a finite number in "
+                    f"[{low:g}, {high:g}]; mend or leave out such rows"
+                ]
+    return []
 
 
 class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
@@ -129,7 +166,7 @@ class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
         check_columns(self.plan, own.get("train_dataset"), own.get("eval_dataset"))
         super().__init__(model, ref_model, args, *rest, **kwargs)
         if columns := self._pair_columns():
-            self.data_collator = _WithColumns(self.data_collator, columns)
+            self.data_collator = _WithColumns(self.data_collator, columns, self.plan)
         self._start_methods(Setup(self.args, engine=self._engine()))
         if self.precompute_ref_logps:
             self._frozen = None  # has done its part
@@ -139,6 +176,12 @@ class DPOTrainer(RecordingTrainer, trl.DPOTrainer):  # type: ignore[misc]
 
     def _pair_columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for method in self.plan.methods for name in method.pair_columns()))
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's; other data than the trainer was made with must have the methods' columns too (PlanError)."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            check_columns(self.plan, eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

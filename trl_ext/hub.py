@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -38,8 +39,9 @@ DRY_RUNS = "publish_out"
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for. `repo`: "user/name", or "name" for the token's own user. `base`, `license`: where the run and
-    the base do not say. `allow`: texts that are no leak. `overwrite`: also a repository that holds something else.
+    """What is asked for. `repo`: "user/name", or "name" for the token's own user. `private` false leaves a new one to the
+    owner's default. `base`, `license`: where the run and the base do not say. `allow`: texts that are no leak.
+    `overwrite`: also a repository that holds something else.
     """
 
     repo: str
@@ -69,9 +71,8 @@ def prepare(folder: str | Path, wish: Wish, api: HfApi | None = None) -> dict[st
     """
     run = read_run(folder)
     base = base_name(run, wish.base)
-    if api is not None and wish.base is not None:
-        with told(base, api):
-            patiently(lambda: api.model_info(base))  # a name that nobody could load is found now
+    if api is not None:
+        ask_for(base, api)
     license = wish.license or base_license(base, run.base_folder, api)
     evaluation: Subject | None = None if wish.results is None else evaluation_of(wish.results, run)
     files = staging.stage(run, base, wish.whole_model)
@@ -79,6 +80,12 @@ def prepare(folder: str | Path, wish: Wish, api: HfApi | None = None) -> dict[st
     files[staging.CARD] = card(Card(run, wish.repo, base, license, names, evaluation)).encode()
     _search(run, files, (*wish.repo.split("/"), *base.split("/")), wish.allow)
     return dict(sorted(files.items()))
+
+
+def ask_for(base: str, api: HfApi) -> None:
+    """Raises PublishError for a base that nobody could load."""
+    with told(base, api):
+        patiently(lambda: api.model_info(base))
 
 
 def _search(run: Run, files: Mapping[str, Content], public: tuple[str, ...], allow: tuple[str, ...]) -> None:
@@ -103,7 +110,7 @@ def base_license(base: str, folder: Path | None, api: HfApi | None) -> License:
         Path(cached) if isinstance(cached, str) else None,
     ]
     for path in places:
-        if path is not None and path.exists() and (known := _license(ModelCard.load(path).data)):
+        if path is not None and path.exists() and (known := _license(_card_of(base, path).data)):
             return known
     if api is not None:
         with told(base, api):
@@ -115,6 +122,17 @@ def base_license(base: str, folder: Path | None, api: HfApi | None) -> License:
         f"the licence of {base} is not known{asked}",
         ["an adapter inherits it: read the base's terms and name it with --license, for instance apache-2.0"],
     )
+
+
+def _card_of(base: str, path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise PublishError(
+            f"the licence of {base} is not known",
+            [f"its card {path} cannot be read ({said}): mend it, or name the licence with --license"],
+        ) from None
 
 
 def _license(data: Any) -> License | None:
@@ -144,14 +162,17 @@ def publish(folder: str | Path, wish: Wish) -> Published:
     """Sends the run as one commit, and what an earlier one of ours left is removed in it. Raises PublishError."""
     api, wish = ready(wish)
     files = prepare(folder, wish, api)
+    ours = Claim.of(files[staging.CARD])
     with told(wish.repo, api):
         before = _existing(api, wish.repo)
-        stale = _stale(before, wish, files) if before is not None else []
-        if before is None:
-            patiently(lambda: api.create_repo(wish.repo, private=wish.private, exist_ok=True))
-        done = patiently(lambda: _commit(api, wish.repo, files, stale))
+        replaced = _replaced(before, wish, ours) if before is not None else None
+        if before is None:  # `private=False` would overrule an organisation's default
+            patiently(lambda: api.create_repo(wish.repo, private=wish.private or None, exist_ok=True))
+        done = patiently(lambda: _commit(api, wish.repo, files, _stale(before, files)))
     place, new = f"{api.endpoint}/{wish.repo}", before is None or done.oid != before.sha
-    return Published(place, tuple(files), f"{'Published' if new else 'Nothing new: all was there before'}, {place}:")
+    said = "Published" if new else "Nothing new: all was there before"
+    said += f" in place of the run {replaced}, which stays in the repository's history" if replaced else ""
+    return Published(place, tuple(files), f"{said}, {place}:")
 
 
 def _commit(api: HfApi, repo: str, files: Mapping[str, Content], stale: list[str]) -> Any:
@@ -190,17 +211,55 @@ def _existing(api: HfApi, repo: str) -> Any:
         raise
 
 
-def _stale(info: Any, wish: Wish, files: Mapping[str, Content]) -> list[str]:
-    """Files of ours in the repository that this run does not have. Raises PublishError when it is not ours to write."""
+@dataclass(frozen=True)
+class Claim:
+    """What a card says about itself: its bases, what it is to them, and the run that it is from."""
+
+    bases: tuple[str, ...]
+    relation: str | None
+    run: str | None = None
+
+    @staticmethod
+    def of(content: Content) -> Claim:
+        """Of a card of ours."""
+        assert isinstance(content, bytes)
+        return Claim.read(ModelCard(content.decode()).data)
+
+    @staticmethod
+    def read(data: Any) -> Claim:
+        """Of any card's metadata."""
+        found = data.to_dict()
+        bases = found.get("base_model")
+        bases = bases if isinstance(bases, list) else [bases]
+        return Claim(tuple(map(str, bases)), found.get("base_model_relation"), found.get("trl_ext_run"))
+
+
+def check_place(api: HfApi, wish: Wish, ours: Claim) -> None:
+    """Raises PublishError when the repository exists and must not be written over with a run of that kind."""
+    with told(wish.repo, api):
+        before = _existing(api, wish.repo)
+        if before is not None:
+            _replaced(before, wish, ours)
+
+
+def _replaced(info: Any, wish: Wish, ours: Claim) -> str | None:
+    """The other run of ours that the repository holds, if any. Raises PublishError when it is not ours to write."""
     held = [file.rfilename for file in info.siblings or () if file.rfilename != ".gitattributes"]
     if wish.private and not info.private:
         raise PublishError(
             f"{wish.repo} exists and is public", ["make it private in its settings, or leave out --private"]
         )
-    if held and not wish.overwrite and (why := _foreign(info.card_data, files)):
+    if held and not wish.overwrite and (why := _foreign(info.card_data, ours)):
         raise PublishError(
             f"{wish.repo} exists and {why}", ["choose another --repo, or write over it with --yes-overwrite"]
         )
+    run = Claim.read(info.card_data).run if info.card_data is not None else None
+    return run if run not in (None, ours.run) else None
+
+
+def _stale(info: Any, files: Mapping[str, Content]) -> list[str]:
+    """Files of ours in the repository that this run does not have."""
+    held = [file.rfilename for file in info.siblings or ()] if info is not None else []
     return [
         name
         for name in held
@@ -208,12 +267,16 @@ def _stale(info: Any, wish: Wish, files: Mapping[str, Content]) -> list[str]:
     ]
 
 
-def _foreign(data: Any, files: Mapping[str, Content]) -> str | None:
-    """Why a repository is not one of ours for the same base, from its card."""
+def _foreign(data: Any, ours: Claim) -> str | None:
+    """Why a repository does not hold the same kind of thing as ours of the same base, from its card."""
     if data is None or "trl-ext" not in (data.tags or ()):
         return "was not made by trl-ext"
-    content = files[staging.CARD]
-    assert isinstance(content, bytes)
-    base = ModelCard(content.decode()).data.to_dict()["base_model"]
-    bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
-    return None if base in bases else f"holds an adapter of {', '.join(map(str, bases))}, not of {base}"
+    held = Claim.read(data)
+    kinds = {"adapter": "an adapter", "finetune": "a whole model"}
+    what = f"holds {kinds.get(str(held.relation), 'an adapter')} of {', '.join(held.bases)}"
+    run = f" (the run {held.run})" if held.run else ""
+    if not set(ours.bases) & set(held.bases):
+        return f"{what}{run}, not of {', '.join(ours.bases)}"
+    if held.relation not in (None, ours.relation):
+        return f"{what}{run}, whose files {kinds[str(ours.relation)]} would replace"
+    return None

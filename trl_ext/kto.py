@@ -93,6 +93,9 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
             with replaced(args, loss_type=stock):
                 super().__init__(model, ref_model, args, *rest, **kwargs)
         self._start_methods(Setup(self.args, engine=self._engine()))
+        for method in self.plan.methods:
+            for path in method.sentence_encoders():
+                self._encoders[path] = SentenceEncoder(path, self.accelerator.device, method.name)
 
     def _own_method(self) -> Method | None:
         """The method whose loss `loss_type` names."""
@@ -103,7 +106,8 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
         observing = self.plan.using("observe_labels") if training else ()
         if own is None and not observing:
             return super()._compute_loss(model, inputs, return_outputs)
-        self._start_labels()
+        if training:
+            self._start_labels()
         seen, weights = Forwards(), torch.tensor([self.undesirable_weight, self.desirable_weight])
         off = {} if own is None else {"desirable_weight": 0.0, "undesirable_weight": 0.0}
         with replaced(self, ref_model=self._reference_into(seen, self.ref_model), **off):
@@ -111,6 +115,7 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
             x = self._label_input(seen, inputs, training)
         loss, outputs = result if return_outputs else (result, None)
         if own is not None:
+            self._metrics["train" if training else "eval"].pop("kl", None)  # TRL's 0: nothing measured it
             loss = loss + (weights.to(x.logps.device)[x.label.long()] * self._own_loss(own, x)).mean()
         for method in observing:
             method.observe_labels(x.for_method(method.name))
@@ -128,9 +133,10 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
     def _label_input(self, seen: Forwards, inputs: dict[str, Any], training: bool) -> LabelInput:
         reference = inputs["ref_logps"] if self.precompute_ref_logps else self._sums(seen.reference, inputs)
 
+        prompt = inputs["attention_mask"] * (1 - inputs["completion_mask"])
+
         def embed(rows: Tensor, encoder: str | None) -> Tensor:
-            prompt = inputs["attention_mask"][rows] * (1 - inputs["completion_mask"][rows])
-            ids, mask = packed_prompts(inputs["input_ids"][rows], prompt, self._tokenizer.pad_token_id)
+            ids, mask = packed_prompts(inputs["input_ids"][rows], prompt[rows], self._tokenizer.pad_token_id)
             return self._embedded(ids, mask, encoder)
 
         return LabelInput(
@@ -143,6 +149,7 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
             metrics=(training and self._method_metrics) or Metrics(),  # evaluation leaves no trace in training's
             gather=self._gather_values,
             embed_prompts=embed,
+            has_prompt=prompt.any(1),
         )
 
     def _sums(self, forward: Any, inputs: dict[str, Any]) -> Tensor:
@@ -152,7 +159,7 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
     # Prompts
 
     def _start_labels(self) -> None:
-        """`start_labels` of every method, once, after a checkpoint's state is in place."""
+        """`start_labels` of every method, once, in training, after a checkpoint's state is in place."""
         starting = () if self._labels_started else self.plan.using("start_labels")
         self._labels_started = True
         for method in starting:
@@ -161,19 +168,26 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
                 raise PlanError(
                     [f"{method.name}: draws prompts from the whole training set: a stream, or images, have none"]
                 )
-            method.start_labels(LabelSet(torch.tensor(data["label"][:]).bool(), self.args.seed, self._embed_rows))
+            blocks = data.select_columns("prompt_ids").iter(1000)
+            has_prompt = torch.tensor([len(ids) > 0 for block in blocks for ids in block["prompt_ids"]])
+            label = torch.tensor(data["label"][:]).bool()
+            method.start_labels(LabelSet(label, has_prompt, self.args.seed, self._embed_rows))
 
     def _embed_rows(self, indices: Tensor, encoder: str | None) -> Tensor:
-        """(n,) rows of the training set -> (n, E): each process embeds every W-th of them."""
+        """(n,) rows of the training set -> (n, E): each process embeds every W-th of them.
+
+        A process for which no row is left embeds the first one, so that it takes part in the gather.
+        """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         data: Any = self.train_dataset
-        blocks = indices[rank::processes].split(self.args.per_device_train_batch_size)
+        shares = [indices[r::processes] for r in range(processes)]
+        own = [share if len(share) else indices[:1] for share in shares]
+        blocks = own[rank].split(self.args.per_device_train_batch_size)
         found = torch.cat([self._embed_prompts(data[block.tolist()]["prompt_ids"], encoder) for block in blocks])
         everyone = self._gather_values(found.flatten())[0].view(-1, found.size(1))
-        parts = everyone.split([len(indices[r::processes]) for r in range(processes)])
-        out = torch.empty_like(everyone)
-        for r, part in enumerate(parts):
-            out[r::processes] = part
+        out = everyone.new_empty(len(indices), everyone.size(1))
+        for r, part in enumerate(everyone.split([len(share) for share in own])):
+            out[r::processes] = part[: len(shares[r])]
         return out.cpu()
 
     def _embed_prompts(self, prompts: list[list[int]], encoder: str | None) -> Tensor:
@@ -186,8 +200,6 @@ class KTOTrainer(RecordingTrainer, trl.KTOTrainer):  # type: ignore[misc]
     def _embedded(self, ids: Tensor, mask: Tensor, encoder: str | None) -> Tensor:
         """Right-padded prompts (n, L) -> (n, E) float32."""
         if encoder is not None:
-            if encoder not in self._encoders:
-                self._encoders[encoder] = SentenceEncoder(encoder, self.accelerator.device)
             texts = [
                 self._tokenizer.decode(row[m.bool()], skip_special_tokens=True)
                 for row, m in zip(ids, mask, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import io
+import ipaddress
 import json
 import math
 import os
@@ -24,23 +25,13 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import get_token
 
-from evals.report.clean import PATHS
+from evals.report.clean import PATHS, TOKENS
 
 Content = bytes | Path
-TOKENS = {
-    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{12,}|hf_[A-Za-z0-9]{30,}"),
-    "an API key": re.compile(
-        r"(?<![A-Za-z0-9])(?:sk-(?=[A-Za-z0-9_-]*\d)[A-Za-z0-9_-]{12,}|AIza[\w-]{30,}|glpat-[\w-]{16,}"
-        r"|xox[abeprs]-[\w-]{10,})"
-    ),
-    "an AWS key": re.compile(r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),
-    "a GitHub token": re.compile(
-        r"(?<![A-Za-z0-9])gh[opusr]_[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{30,}|github_pat_\w{16,}"
-    ),
-    "a bearer token": re.compile(r"(?i)\bbearer\s+(?=\S*\d)[A-Za-z0-9._~+/=-]{12,}"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
-    "a password in an address": re.compile(r"://[^/\s:@]+:[^/\s@]+@"),
-}
+PASSWORD = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
+_HOST = r"(?:localhost|\d{1,3}(?:\.\d{1,3}){3})"
+ADDRESS = re.compile(rf"(?i)(?<![\w.-]){_HOST}(?=:\d{{2,5}}(?!\d))|(?<=://){_HOST}(?![\w.-])")
+"""Hosts with a port or a scheme: without either, four numbers are a version."""
 SECRET_NAME = re.compile(r"(?i)(^|_)(\w*token|\w*secret|\w*password|passwd|pass|\w*key|credentials?|auth|pat)(_|$)")
 """Names of environment variables that hold secrets."""
 MIN_SECRET, MIN_BITS = 8, 2.5
@@ -116,6 +107,7 @@ def leaks(name: str, content: Content, machine: Machine, allowed: Iterable[str] 
 
 def _secrets_in(text: str, machine: Machine) -> list[str]:
     kinds = [kind for kind, pattern in TOKENS.items() if pattern.search(text)]
+    kinds += ["a password in an address"] if PASSWORD.search(text) else []
     return kinds + [what for value, what in machine.secrets.items() if value in text]
 
 
@@ -125,14 +117,25 @@ def _local_in(text: str, machine: Machine, allowed: Iterable[str]) -> list[str]:
     inside = any(re.search(rf"(?<![\w./-]){re.escape(f)}(?![\w.-])", text) for f in machine.folders)
     path = inside or any(not found["url"] for found in PATHS.finditer(text))
     kinds = ["a path of this machine"] if path else []
+    kinds += (
+        ["an address of this network"] if any(not public_host(found[0]) for found in ADDRESS.finditer(text)) else []
+    )
     for name, what in machine.names.items():
         if re.search(rf"(?i)(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text):
             kinds.append(what)
     return kinds
 
 
+def public_host(host: str) -> bool:
+    """Whether a host means the same to everybody."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith((".local", ".internal", ".lan", ".corp"))
+
+
 def texts(name: str, content: Content) -> Iterator[Text]:
-    """All texts in a file, by its ending."""
+    """All texts in a file, by its ending. Raises ValueError, which names it, for one that cannot be read."""
     if name.endswith(".safetensors"):
         yield from _safetensors(name, content)
         return
@@ -142,11 +145,27 @@ def texts(name: str, content: Content) -> Iterator[Text]:
     elif name.endswith(".model"):
         yield Text("bytes", data.decode("latin-1"), True)
     elif name.endswith(".json"):
-        yield from _json(json.loads(data, object_pairs_hook=tuple), "", VOCABULARY.get(name, ()))
+        yield from _json(_loaded(name, data), "", VOCABULARY.get(name, ()))
     else:
-        yield from (
-            Text(f"line {i}", line, name == "merges.txt") for i, line in enumerate(data.decode().splitlines(), 1)
-        )
+        lines = _decoded(name, data).splitlines()
+        yield from (Text(f"line {i}", line, name == "merges.txt") for i, line in enumerate(lines, 1))
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8: byte {error.start} fits nothing") from None
+
+
+def _loaded(name: str, data: bytes) -> Any:
+    text = _decoded(name, data)
+    try:
+        return json.loads(text, object_pairs_hook=tuple)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is no JSON: {error.msg}, line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{name} cannot be searched: its JSON is nested too deeply") from None
 
 
 def _json(value: Any, place: str, vocabulary: tuple[str, ...]) -> Iterator[Text]:
@@ -168,15 +187,16 @@ def _plain(key: str) -> bool:
     return re.fullmatch(r"[A-Za-z_]{1,40}", key) is not None
 
 
-def safetensors_header(content: Content) -> dict[str, Any]:
-    """Tensor name -> dtype, shape, place, and `__metadata__`. Raises ValueError for another kind of file, and for one
-    with bytes that belong to no tensor.
+def safetensors_header(content: Content) -> tuple[tuple[str, Any], ...]:
+    """(tensor name, its dtype, shape and place), and (`__metadata__`, texts): all pairs, also of a key that stands twice.
+
+    Raises ValueError for another kind of file, and for one with bytes that belong to no tensor.
     """
     with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
         size = struct.unpack("<Q", file.read(8))[0]
-        header = dict(json.loads(file.read(size)))
+        header = json.loads(file.read(size), object_pairs_hook=tuple)
         total = file.seek(0, io.SEEK_END)
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    ends = [dict(tensor)["data_offsets"][1] for name, tensor in header if name != "__metadata__"]
     if 8 + size + max(ends, default=0) != total:
         raise ValueError("bytes beside the tensors")
     return header
@@ -185,12 +205,14 @@ def safetensors_header(content: Content) -> dict[str, Any]:
 def _safetensors(name: str, content: Content) -> Iterator[Text]:
     try:
         header = safetensors_header(content)
-    except (struct.error, ValueError, OverflowError, MemoryError, KeyError, TypeError):
+    except (struct.error, ValueError, OverflowError, MemoryError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{name} is no safetensors file") from None
-    for key, value in (header.pop("__metadata__", None) or {}).items():
+    for key, value in (pair for name, texts in header if name == "__metadata__" for pair in texts or ()):
         yield Text("a key of the metadata", key)
         yield Text(f"metadata {key}" if _plain(key) else "metadata", str(value))
-    yield from (Text(f"the name of tensor {i}", key) for i, key in enumerate(header))
+    yield from (Text(f"the name of tensor {i}", key) for i, (key, _) in enumerate(header) if key != "__metadata__")
+    tensors = [tensor for key, tensor in header if key != "__metadata__"]
+    yield from (text._replace(place="what a tensor is") for tensor in tensors for text in _json(tensor, "tensor", ()))
 
 
 def _png(name: str, data: bytes) -> Iterator[Text]:
@@ -202,7 +224,7 @@ def _png(name: str, data: bytes) -> Iterator[Text]:
         size, kind = struct.unpack(">I4s", data[at : at + 8])
         body = data[at + 8 : at + 8 + size]
         if kind not in PIXELS:
-            yield Text(f"PNG part {kind.decode('latin-1')}", _png_text(kind, body))
+            yield Text(f"PNG part {kind.decode('latin-1')}", _png_text(name, kind, body))
         at += size + 12
         if kind == b"IEND":
             break
@@ -210,7 +232,7 @@ def _png(name: str, data: bytes) -> Iterator[Text]:
         yield Text("bytes after the PNG", data[at:].decode("latin-1"))
 
 
-def _png_text(kind: bytes, body: bytes) -> str:
+def _png_text(name: str, kind: bytes, body: bytes) -> str:
     """Keyword and text; compressed text is unpacked."""
     keyword, _, rest = body.partition(b"\0")
     packed = (kind == b"zTXt" and rest[1:]) or (kind == b"iTXt" and rest[:1] == b"\1" and rest.split(b"\0", 3)[-1])
@@ -218,5 +240,5 @@ def _png_text(kind: bytes, body: bytes) -> str:
         try:
             body = keyword + b" " + zlib.decompress(packed)
         except zlib.error:
-            raise ValueError("a PNG file has a part that cannot be unpacked") from None
+            raise ValueError(f"{name} has a part that cannot be unpacked") from None
     return body.decode("utf-8", "replace") if kind == b"iTXt" else body.decode("latin-1")

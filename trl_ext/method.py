@@ -535,7 +535,8 @@ class LabelInput:
 
     Services: `gather(values)` joins (n,) values of all processes and tells which slice is this process's;
     `embed_prompts(rows, encoder)`: (n,) indices of rows -> (n, E), the mean of the last hidden states over each prompt
-    under the reference (declare `REFERENCE`), or under the sentence encoder in the folder or repository `encoder`.
+    under the reference (declare `REFERENCE`), or under the sentence encoder in the folder or repository `encoder`, one
+    of `sentence_encoders`. Only of rows with `has_prompt` (B,) bool: an empty prompt has no mean.
     """
 
     logps: Tensor
@@ -547,6 +548,7 @@ class LabelInput:
     metrics: Metrics
     gather: Callable[[Tensor], tuple[Tensor, slice]]
     embed_prompts: Callable[[Tensor, str | None], Tensor]
+    has_prompt: Tensor
     scratch: dict[str, Any] = field(default_factory=dict)
 
     def for_method(self, name: str) -> LabelInput:
@@ -557,13 +559,15 @@ class LabelInput:
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The training set of the KTO trainer before its first loss: `label` (N,) bool on the CPU, and the run's `seed`.
+    """The training set of the KTO trainer before its first loss: `label` (N,) bool on the CPU, `has_prompt` (N,) bool
+    whether the prompt has a token, and the run's `seed`.
 
     `embed_prompts(indices, encoder)`: (n,) rows of the set -> (n, E) on the CPU, the same on all processes, which share
     the work; see `LabelInput`.
     """
 
     label: Tensor
+    has_prompt: Tensor
     seed: int
     embed_prompts: Callable[[Tensor, str | None], Tensor]
 
@@ -573,7 +577,8 @@ class Method:
     """Base of all methods. Every hook here is neutral: it returns its input unchanged, or nothing.
 
     A hook that returns the very object that it received costs nothing and keeps TRL's path bit for bit, so a method at
-    its neutral setting should do that. Hooks run in training only; evaluation is plain TRL.
+    its neutral setting should do that. Hooks run in training only. Evaluation is plain TRL, but for what makes
+    `eval_loss`: `reference_logps`, `pair_loss` and `label_loss`. It never changes `state`.
     """
 
     name: ClassVar[str]
@@ -591,11 +596,15 @@ class Method:
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method -> why the two do not go together and which flag resolves it; shown to the user."""
 
+    column_ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Column of `pair_columns` -> lowest and highest number that it may hold; without an entry any finite one."""
+
     headline: ClassVar[tuple[str, ...]] = ()
     """The metrics to show first while training, without the method's name."""
 
     state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Tensors and numbers that a checkpoint must hold; changed in `choose_prompts`, `revise` and the `observe` hooks only."""
+    """What a checkpoint must hold: tensors, numbers and text. Changed in `start_training`, `start_labels`, `choose_prompts`,
+    `revise` and the `observe` hooks only."""
 
     # What a method declares
 
@@ -615,6 +624,19 @@ class Method:
     def cost(self) -> str:
         """One line for `trl-ext plan`: what it adds to a step in time and memory."""
         return "no extra forward"
+
+    def state_problem(self, state: Mapping[str, Any]) -> str | None:
+        """Why a checkpoint's `state` of this method does not go on with these settings, with what to set; None: it does.
+
+        Called before training resumes, which is then refused.
+        """
+        return None
+
+    def start_training(self) -> None:
+        """A call of `train` begins at step 0, or at a checkpoint's step, whose state comes after this.
+
+        The place to let go of what `state` holds of an optimizer step.
+        """
 
     def summary(self, decode_one: Callable[[int], str]) -> list[str]:
         """Lines for the report at the end of a run, from `state`; `decode_one(id)` is the text of a token."""
@@ -736,7 +758,10 @@ class Method:
     # Preference pairs (DPO)
 
     def pair_columns(self) -> tuple[str, ...]:
-        """Names of the data set's columns, one number for each pair, that `PairInput.columns` must hold."""
+        """Names of the data set's columns, one number for each pair, that `PairInput.columns` must hold.
+
+        `column_ranges` bounds them.
+        """
         return ()
 
     def frozen_models(self) -> tuple[str, ...]:
@@ -764,8 +789,12 @@ class Method:
 
     # Labelled completions (KTO)
 
+    def sentence_encoders(self) -> tuple[str, ...]:
+        """Folders or Hub names of the encoders that `embed_prompts` is asked for; loaded with the trainer."""
+        return ()
+
     def start_labels(self, data: LabelSet) -> None:
-        """Once before the first loss, after a checkpoint was read: the place to fit something to the training set.
+        """Once before the first loss of training, after a checkpoint was read: the place to fit something to the data.
 
         May change `state`; what a checkpoint brought back should stay.
         """

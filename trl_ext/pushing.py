@@ -6,6 +6,7 @@ and the pickled arguments that hold the token; with `hub_strategy: checkpoint` a
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,14 +32,22 @@ def wish_of(recipe: Recipe) -> hub.Wish | None:
     if args.hub_revision:
         problems.append("hub_revision: the run is published to the main branch; leave it out")
     base = str(recipe.model_args.model_name_or_path)
-    if not is_hub_name(base) and extra.hub_base_model is None:
-        problems.append(f"hub_base_model: the adapter's base, {base}, is local; name it on the Hub")
+    problems += _base_problems(base, extra.hub_base_model)
     if not recipe.model_args.use_peft:
         problems.append("push_to_hub: publishes adapters; for a whole model: trl-ext publish RUN --full-model")
     if problems:
         raise RecipeError(str(recipe.path), problems)
     own = License(extra.hub_license) if extra.hub_license else None
     return hub.Wish(args.hub_model_id or "", bool(args.hub_private_repo), extra.hub_base_model, own, token=token)
+
+
+def _base_problems(base: str, given: str | None) -> list[str]:
+    if is_hub_name(base):
+        wrong = given not in (None, base)
+        return [f"hub_base_model: {given}: the recipe trains {base}; leave it out"] if wrong else []
+    if given is None:
+        return [f"hub_base_model: the adapter's base, {base}, is local; name it on the Hub"]
+    return [] if is_hub_name(given) else [f"hub_base_model: {given}: not a name on the Hub, such as Qwen/Qwen3-1.7B"]
 
 
 def check(wish: hub.Wish, model: str, folder: str) -> hub.Wish:
@@ -49,8 +58,10 @@ def check(wish: hub.Wish, model: str, folder: str) -> hub.Wish:
     """
     api, wish = hub.ready(replace(wish, repo=wish.repo or Path(folder).resolve().name))
     local = Path(model).expanduser() if Path(model).expanduser().is_dir() else None
-    known = wish.license or hub.base_license(wish.base or model, local, api)
-    return replace(wish, license=known)
+    base = wish.base or model
+    hub.ask_for(base, api)
+    hub.check_place(api, wish, hub.Claim((base,), "adapter"))
+    return replace(wish, license=wish.license or hub.base_license(base, local, api))
 
 
 def push(wish: hub.Wish, folder: str) -> hub.Published:
@@ -58,8 +69,15 @@ def push(wish: hub.Wish, folder: str) -> hub.Published:
     try:
         return hub.publish(folder, wish)
     except PublishError as error:
-        base = f" --base {wish.base}" if wish.base else ""
-        error.add_note(
-            f"The run itself is finished and saved. Later: trl-ext publish {folder} --repo {wish.repo}{base}"
-        )
+        error.add_note(f"The run itself is finished and saved. Later: {_by_hand(wish, folder)}")
         raise
+
+
+def _by_hand(wish: hub.Wish, folder: str) -> str:
+    """The command that publishes the same in the same way."""
+    named = {"--repo": wish.repo, "--base": wish.base}
+    if wish.license is not None:
+        own = {"--license": wish.license.id, "--license-name": wish.license.name, "--license-link": wish.license.link}
+        named |= own if wish.license.id == "other" else {"--license": wish.license.id}
+    words = [word for key, value in named.items() if value for word in (key, value)]
+    return shlex.join(["trl-ext", "publish", folder, *words, *(["--private"] if wish.private else [])])

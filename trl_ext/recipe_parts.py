@@ -292,7 +292,7 @@ def _loop(
         )
     elif loop is not None and args is not None:
         found = loop.check(args, rewards, bool(values.get("use_peft")), bool(values.get("tools")))
-        if loop.makes_data and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        if loop.in_rounds and (values.get("load_in_4bit") or values.get("load_in_8bit")):
             found.append("load_in_4bit, load_in_8bit: adapters are merged between rounds; set them to false")
         problems += [f"loop: {loop.name}: {problem}" for problem in found]
     return loop

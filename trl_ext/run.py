@@ -21,6 +21,8 @@ from trl_ext.data import Data, DataError, load_data
 from trl_ext.loops.labels import balance_warning
 from trl_ext.plan import Plan
 from trl_ext.recipe import Recipe, RecipeError
+from trl_ext.report import files as report_files
+from trl_ext.run_facts import LOCAL, local_names
 from trl_ext.schedule import schedule_of
 from trl_ext.watch import Watch, warn_dropped
 
@@ -66,6 +68,10 @@ def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> RunRes
     result = RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data), warnings=watch.warnings)
     recipe.training_args.output_dir = result.output_dir
     main = PartialState().is_main_process
+    if recipe.loop is not None and recipe.loop.name == "iterative":
+        from trl_ext.loops.iterative import check_begun
+
+        check_begun(recipe, model, data)  # before anything in the folder is written over
     if main:
         if wish is not None:
             wish = pushing.check(wish, model, result.output_dir)
@@ -84,13 +90,19 @@ def _config(recipe: Recipe, model: str) -> Any:
 
 
 def _schedule(recipe: Recipe, data: Data) -> str:
-    in_rounds = recipe.loop is not None and recipe.loop.makes_data
+    loop = recipe.loop
     try:
-        text = schedule_of(recipe.training_args, None if in_rounds else data.rows).words()
+        text = schedule_of(recipe.training_args, _rows(recipe, data)).words()
     except ValueError as error:
         raise DataError(str(error)) from None
-    text = f"each round: {text}" if in_rounds else text
+    if loop is not None and loop.makes_data:
+        text = f"{'each round' if loop.in_rounds else 'on what the loop makes of the data set'}: {text}"
     return f"{text}; {data.dropped} rows left out for their length" if data.dropped else text
+
+
+def _rows(recipe: Recipe, data: Data) -> int | None:
+    """Rows that the trainer learns from; None where a loop makes them first, and the trainer alone can count them."""
+    return None if recipe.loop is not None and recipe.loop.makes_data else data.rows
 
 
 def _token_counter(recipe: Recipe, tokenizer: Any) -> Callable[[Any], int]:
@@ -128,6 +140,7 @@ def _start(recipe: Recipe, result: RunResult, data: Data) -> None:
 
     run_folder.mark(result.output_dir, "running")
     report.start(result.output_dir, recipe, recipe.plan, result.schedule)
+    report_files.write_json(Path(result.output_dir) / LOCAL, local_names(recipe.resolved()))
 
 
 @dataclass
@@ -184,7 +197,7 @@ class _Run:
             from trl_ext import report
 
             report.quiet(self.trainer)
-            steps = schedule_of(self.trainer.args, self.data.rows).steps or self.trainer.args.max_steps
+            steps = schedule_of(self.trainer.args, _rows(self.recipe, self.data)).steps or self.trainer.args.max_steps
             steps = getattr(self.trainer, "total_steps", steps)
             self.recorder = report.Recorder(self.result.output_dir, steps, self.recipe.plan)
             self.trainer.add_callback(self.recorder)
@@ -240,6 +253,7 @@ class _Run:
         for trainer in filter(None, (self.trainer, getattr(self.trainer, "proposer", None))):
             trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer._teacher = None
             trainer._frozen = None
+            trainer._encoders = {}
             trainer.accelerator.free_memory()
         gc.collect()
 

@@ -17,6 +17,22 @@ from trl_ext import run_folder
 from trl_ext.report.evaluation import TEMPERATURE
 
 RECIPE, ADAPTER_CONFIG, PIPELINE = "recipe.yaml", "adapter_config.json", "pipeline.json"
+LOCAL = "local_names.json"
+FILE_ENDINGS = (
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".yaml",
+    ".yml",
+    ".jinja",
+    ".zst",
+    ".gz",
+)
+"""What the names of files end in, and those of models and data sets on the Hub do not."""
 
 
 class PublishError(RuntimeError):
@@ -31,7 +47,8 @@ class PublishError(RuntimeError):
 class Run:
     """A finished run. `adapter`: PEFT's configuration, None for a whole model, whose files are in `weights`.
 
-    `earlier`: of a pipeline, the recipes of the stages before, by their names.
+    `earlier`: of a pipeline, the recipes of the stages before, by their names. `local`: names in the recipes that were
+    files or folders when the run began -> where they are.
     """
 
     folder: Path
@@ -41,6 +58,16 @@ class Run:
     versions: Mapping[str, Any]
     adapter: Mapping[str, Any] | None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    local: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The run's folder; a pipeline's is above that of its last stage."""
+        return (self.folder if self.weights == self.folder else self.folder.parent).resolve().name
+
+    def on_hub(self, name: str) -> bool:
+        """Whether a name of the recipe is one on the Hub."""
+        return name not in self.local and is_hub_name(name)
 
     @property
     def recipes(self) -> list[Mapping[str, Any]]:
@@ -76,7 +103,8 @@ class Run:
     def base_folder(self) -> Path | None:
         """The base's folder, if it lies on this machine."""
         named = self.first_model if self.adapter is None else str(self.adapter["base_model_name_or_path"])
-        return Path(named).expanduser() if Path(named).expanduser().is_dir() else None
+        folder = Path(self.local.get(named, named)).expanduser()
+        return folder if folder.is_dir() else None
 
 
 def read_run(folder: str | Path) -> Run:
@@ -90,19 +118,45 @@ def read_run(folder: str | Path) -> Run:
         raise PublishError(what, ["the run did not finish: trl-ext train RECIPE --resume"])
     if pipeline:
         return _pipeline(folder)
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_text()) if (folder / ADAPTER_CONFIG).exists() else None
-    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").exists() else {}
-    versions = json.loads((folder / "versions.json").read_text())
-    return Run(folder, folder, _recipe(folder), report, versions, adapter, _stages_before(folder))
+    adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).exists() else None
+    report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
+    versions, before = read_json(folder / "versions.json"), _stages_before(folder)
+    local = {name: place for one in (*before.values(), folder) for name, place in _local(one).items()}
+    earlier = {stage: _recipe(one) for stage, one in before.items()}
+    return Run(folder, folder, _recipe(folder), report, versions, adapter, earlier, local)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises PublishError, which names the file."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise PublishError(f"{path} cannot be read", [f"it is no JSON: {error}"]) from None
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load((folder / RECIPE).read_text()))
+    try:
+        return dict(yaml.safe_load((folder / RECIPE).read_text()))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise PublishError(f"{folder / RECIPE} cannot be read", [f"it is no YAML of a recipe: {said}"]) from None
+
+
+def _local(folder: Path) -> dict[str, str]:
+    return dict(read_json(folder / LOCAL)) if (folder / LOCAL).exists() else {}
+
+
+def local_names(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the model and the data in a recipe that are files or folders here and now -> their absolute paths."""
+    names = [recipe.get("model_name_or_path"), recipe.get("dataset_name")]
+    names += [one.get("path") for one in recipe.get("datasets") or ()]
+    paths = {str(name): Path(str(name)).expanduser() for name in names if name}
+    return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 
 def _pipeline(folder: Path) -> Run:
     """The last stage with its whole weights: its adapter alone fits nothing that is on the Hub."""
-    state = json.loads((folder / PIPELINE).read_text())
+    state = read_json(folder / PIPELINE)
     run, last = read_run(folder / state["last"]["run"]), folder / state["last"]["model"]
     report = {**run.report, "evaluation": _start_to_end(state["stages"])}
     return dataclasses.replace(run, weights=last, adapter=None, report=report)
@@ -119,23 +173,25 @@ def _start_to_end(stages: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"problems": about["n"], "samples": about["samples"], "temperature": TEMPERATURE, "measures": measures}
 
 
-def _stages_before(run: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> recipe of the stages before the one that `run` is; none outside of a pipeline."""
+def _stages_before(run: Path) -> dict[str, Path]:
+    """Stage -> folder of the stages before the one that `run` is; none outside of a pipeline."""
     state = run.resolve().parent / PIPELINE
     if not state.exists():
         return {}
-    before: dict[str, dict[str, Any]] = {}
-    for stage in json.loads(state.read_text())["stages"]:
+    before: dict[str, Path] = {}
+    for stage in read_json(state)["stages"]:
         if stage["run"] == run.resolve().name:
             return before
         if stage["run"] is not None:
-            before[stage["stage"]] = _recipe(state.parent / stage["run"])
+            before[stage["stage"]] = state.parent / stage["run"]
     return {}
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` is one on the Hub: valid there, and no folder or `sandbox` here."""
+    """Whether `name` may be one on the Hub: name or user/name, no ending of files, and no path or `sandbox` here."""
     if name == "sandbox" or name.startswith("sandbox/") or Path(name).expanduser().exists():
+        return False
+    if name.lower().endswith(FILE_ENDINGS):
         return False
     try:
         validate_repo_id(name)
@@ -147,7 +203,7 @@ def is_hub_name(name: str) -> bool:
 def base_name(run: Run, given: str | None) -> str:
     """The base's name on the Hub: the run's own, or `given` (--base) where that is local. Raises PublishError."""
     own, what = run.trained_from, f"{run.folder} cannot be published"
-    if is_hub_name(own):
+    if run.on_hub(own):
         if given not in (None, own):
             raise PublishError(what, [f"--base {given}: the run was trained from {own}"])
         return own

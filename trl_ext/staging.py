@@ -6,18 +6,18 @@ curves, the card. Never optimizer states, checkpoints, caches, logs, completions
 
 from __future__ import annotations
 
-import ipaddress
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from trl_ext.leaks import Content
+from trl_ext.leaks import Content, public_host
 from trl_ext.recipe import without_secrets
-from trl_ext.run_facts import ADAPTER_CONFIG, RECIPE, PublishError, Run
+from trl_ext.run_facts import ADAPTER_CONFIG, FILE_ENDINGS, RECIPE, PublishError, Run, read_json
 
 ADAPTER = "adapter_model.safetensors"
 MODEL, MODEL_INDEX, MODEL_CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -58,8 +58,8 @@ def stage(run: Run, base: str, whole_model: bool = False) -> dict[str, Content]:
         files |= {name: _tidy(run.weights / name) for name in TOKENIZER if (run.weights / name).exists()}
     whole = run.adapter is None  # then the base is that of the first stage, else that of this one
     for i, (name, recipe) in enumerate(run.earlier.items()):
-        files[f"recipe_{name}.yaml"] = public_recipe(recipe, base if whole and i == 0 else None).encode()
-    files[RECIPE] = public_recipe(run.recipe, None if whole and run.earlier else base).encode()
+        files[f"recipe_{name}.yaml"] = public_recipe(recipe, base if whole and i == 0 else None, run.local).encode()
+    files[RECIPE] = public_recipe(run.recipe, None if whole and run.earlier else base, run.local).encode()
     if (run.folder / CURVES).exists():
         files[CURVES] = run.folder / CURVES
     return files
@@ -97,7 +97,9 @@ def _tidy(path: Path) -> Content:
     """JSON without the name of the folder that it was loaded from; other files as they are."""
     if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json"):
         return path
-    content = json.loads(path.read_text())
+    content = read_json(path)
+    if not isinstance(content, dict):
+        return path
     kept = {
         k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path", "is_local", "local_files_only")
     }
@@ -129,13 +131,14 @@ def _what_it_does(tokenizer: Any) -> list[Any]:
 # The recipe
 
 
-def public_recipe(recipe: Mapping[str, Any], base: str | None) -> str:
+def public_recipe(recipe: Mapping[str, Any], base: str | None, local: Collection[str] = ()) -> str:
     """The resolved recipe as YAML, without secrets, local paths and addresses. Its model is `base`; None keeps the
     recipe's, which is left out if it is local, such as an earlier stage's.
     """
     removed: list[str] = []
     kept = {k: v for k, v in recipe.items() if k not in MACHINE_KEYS and not k.startswith(MACHINE_PREFIXES)}
-    cleaned = _cleaned(without_secrets(kept if base is None else {**kept, "model_name_or_path": base}), "", removed)
+    kept = without_secrets(kept if base is None else {**kept, "model_name_or_path": base})
+    cleaned = _cleaned(kept, "", removed, local)
     head = (
         "# Every setting of this training run. Keys that name files, addresses or secrets of the machine are left out"
     )
@@ -143,31 +146,35 @@ def public_recipe(recipe: Mapping[str, Any], base: str | None) -> str:
     return head + yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True)
 
 
-def _cleaned(value: Any, place: str, removed: list[str]) -> Any:
+def _cleaned(value: Any, place: str, removed: list[str], local: Collection[str]) -> Any:
     """`value` without entries that are a path or an address of this machine; their keys go to `removed`."""
     if isinstance(value, Mapping):
         inner = {key: f"{place}.{key}".lstrip(".") for key in value}
-        removed += [inner[key] for key, item in value.items() if _of_the_machine(item)]
-        return {k: _cleaned(item, inner[k], removed) for k, item in value.items() if not _of_the_machine(item)}
+        theirs = [key for key, item in value.items() if _of_the_machine(item, local)]
+        removed += [inner[key] for key in theirs]
+        return {k: _cleaned(item, inner[k], removed, local) for k, item in value.items() if k not in theirs}
     if isinstance(value, list):
-        removed += [place for item in value if _of_the_machine(item)]
-        return [_cleaned(item, place, removed) for item in value if not _of_the_machine(item)]
+        kept = [item for item in value if not _of_the_machine(item, local)]
+        removed += [place] * (len(value) - len(kept))
+        return [_cleaned(item, place, removed, local) for item in kept]
     return value
 
 
-def _of_the_machine(value: Any) -> bool:
+def _of_the_machine(value: Any, local: Collection[str]) -> bool:
+    """Whether a text names a file or an address of the machine. `local`: names that were files when the run began."""
     if not isinstance(value, str) or any(c.isspace() for c in value):
         return False
-    if value.startswith(("~/", "file:")) or value[1:3] == ":\\":
+    if value in local or value.startswith(("~/", "./", "../", "file:")) or value[1:3] == ":\\":
         return True
     if value.startswith("/"):  # "/no_think" is a word
         return value.count("/") > 1 or Path(value).exists()
-    host = urlsplit(value).hostname if "://" in value else None
-    return host is not None and not _public(host)
+    if "://" not in value and value.lower().endswith(FILE_ENDINGS):
+        return True
+    host = urlsplit(value).hostname if "://" in value else _host(value)
+    return host is not None and not public_host(host)
 
 
-def _public(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_global
-    except ValueError:
-        return "." in host and not host.endswith((".local", ".internal", ".lan", ".corp"))
+def _host(value: str) -> str | None:
+    """Of host:port without a scheme; "1:10" and "train:100" are other things."""
+    found = re.fullmatch(r"(localhost|\d+(?:\.\d+){3}|[a-z][a-z0-9.-]*(?=:\d{4})):\d{2,5}(/.*)?", value.lower())
+    return found[1] if found else None

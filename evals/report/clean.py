@@ -15,9 +15,21 @@ from typing import Any
 
 from evals.result import Result, Shown, TaskResult
 
-TOKENS = re.compile(
-    r"\bhf_[A-Za-z0-9]{8,}|\bsk-[A-Za-z0-9_-]{8,}|\b(?:ghp|gho|ghs|github_pat)_[A-Za-z0-9_]{8,}|\bAKIA[A-Z0-9]{16}\b"
-)
+TOKENS = {
+    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{12,}|hf_[A-Za-z0-9]{30,}"),
+    "an API key": re.compile(
+        r"(?<![A-Za-z0-9])(?:sk-(?=[A-Za-z0-9_-]*\d)[A-Za-z0-9_-]{12,}|AIza[\w-]{30,}|glpat-[\w-]{16,}"
+        r"|xox[abeprs]-[\w-]{10,})"
+    ),
+    "an AWS key": re.compile(r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),
+    "a GitHub token": re.compile(
+        r"(?<![A-Za-z0-9])gh[opusr]_[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{30,}|github_pat_\w{16,}"
+    ),
+    "a bearer token": re.compile(r"\b(?i:bearer)\s+(?=\S*\d)[A-Za-z0-9._~+/=-]{12,}"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
+}
+"""What each is -> its form."""
+_ANY_TOKEN = re.compile("|".join(f"(?:{form.pattern})" for form in TOKENS.values()))
 CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 PATHS = re.compile(
     r"(?P<url>\b(?!file:)[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]*)"
@@ -74,7 +86,7 @@ def scrub_text(text: str) -> str:
     "/home/jo/runs/a" becomes "…/a"; home, working and temporary folder by themselves become "…". URLs, Hub ids and
     relative paths stay.
     """
-    text = ADDRESS.sub("", CREDENTIALS.sub("", TOKENS.sub("<token>", text)))
+    text = ADDRESS.sub("", CREDENTIALS.sub("", _ANY_TOKEN.sub("<token>", text)))
     text = PATHS.sub(_short, text)
     for folder in (str(Path.home()), os.getcwd(), os.environ.get("TMPDIR", "/tmp")):
         if len(folder) > 1:

@@ -192,10 +192,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest distance between two sets of the same weights; 0.0 only if all are equal. ValueError: other names."""
+    """The largest distance between two sets of the same weights, NaN if one is NaN. ValueError: other names."""
     if one.keys() != other.keys():
         raise ValueError(f"other weights: {sorted(one.keys() ^ other.keys())}")
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return float(torch.stack([(one[name].double() - other[name].double()).abs().max() for name in one]).max())
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same names and the same numbers; NaN equals nothing."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def bench(kills: int, folder: Path, out: Path) -> dict[str, Any]:
@@ -214,7 +219,9 @@ def bench(kills: int, folder: Path, out: Path) -> dict[str, Any]:
         seed = SEED + len(trials)
         place = folder / f"trial_{seed}"
         happened = trial(place, draw(seed, seconds))
-        trials.append({"seed": seed, "kills": happened, "difference": difference(weights(place), whole)})
+        found_weights = weights(place)
+        verdict = {"equal": equal(found_weights, whole), "difference": difference(found_weights, whole)}
+        trials.append({"seed": seed, "kills": happened, **verdict})
         say(f"trial {seed}: {[(k['in'], k['at']) for k in happened]}, difference {trials[-1]['difference']:g}")
         minutes = {"minutes": (time.monotonic() - started) / 60}
         found = {"about": about | minutes, "summary": summary(trials), "trials": trials}
@@ -229,8 +236,8 @@ def summary(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "kills": len(struck),
         "in": {phase: struck.count(phase) for phase in sorted(set(struck))},
         "trials": len(trials),
-        "equal": sum(t["difference"] == 0.0 for t in trials),
-        "largest_difference": max(t["difference"] for t in trials),
+        "equal": sum(t["equal"] for t in trials),
+        "largest_difference": float(torch.tensor([t["difference"] for t in trials]).max()),
     }
 
 

@@ -20,7 +20,8 @@ quiet()
 
 import yaml  # noqa: E402 - after the environment is set
 
-from trl_ext.loops.pipeline import run_pipeline, stage_run  # noqa: E402
+from trl_ext.loops.pipeline import run_pipeline  # noqa: E402
+from trl_ext.loops.stage_checks import stage_run  # noqa: E402
 from trl_ext.loops.stages import load_pipeline  # noqa: E402
 from trl_ext.recipe import find_recipe  # noqa: E402
 from trl_ext.report import files  # noqa: E402

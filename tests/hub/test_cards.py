@@ -48,6 +48,7 @@ def test_metadata(trained: Path) -> None:
     assert yaml.safe_load(text.split("---\n")[1]) == {
         "base_model": BASE,
         "base_model_relation": "adapter",
+        "trl_ext_run": "my-run",
         "library_name": "peft",
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",

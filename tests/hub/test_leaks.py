@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub.conftest import BASE
 from tests.hub.standin import TOKEN, StandIn
-from trl_ext import leaks
+from trl_ext import leaks, staging
 from trl_ext.cli import main
 from trl_ext.leaks import Machine
 
@@ -42,6 +42,9 @@ PLANTED = "PLANTED-9f3c"
         ("~/secret/data", "a path of this machine"),
         (r"C:\Users\jo\data", "a path of this machine"),
         ("on JO-Laptop.", "the name of this machine"),
+        ("asks 10.0.0.3:8000 and waits", "an address of this network"),
+        ("asks localhost:8000/v1", "an address of this network"),
+        ("asks http://192.168.1.9/v1", "an address of this network"),
     ],
 )
 def test_a_find_names_file_and_line_and_not_the_secret(text: str, what: str) -> None:
@@ -57,6 +60,7 @@ def test_a_find_names_file_and_line_and_not_the_secret(text: str, what: str) -> 
         "bearer of bad tidings; a commit: 0123456789abcdef0123456789abcdef01234567",
         "<|im_start|></think> /no_think 1/2/3 runs/x/adapter_model.safetensors",
         "the joyous jo-laptops",
+        "curand 10.3.9.90, https://36kr.com and https://8.8.8.8/x, localhost: no port, 10.0.0.3",
     ],
 )
 def test_ordinary_text_is_no_leak(text: str) -> None:
@@ -79,6 +83,49 @@ def test_every_string_of_json_is_seen_and_word_pieces_are_no_paths() -> None:
     assert len(leaks.leaks("tokenizer.json", json.dumps(vocabulary).encode(), NOWHERE)) == 1
     added = {"added_tokens": [{"content": "/home/jo"}]}
     assert len(leaks.leaks("tokenizer.json", json.dumps(added).encode(), NOWHERE)) == 1
+
+
+def test_a_key_that_stands_twice_in_the_header_of_the_weights_is_seen_twice() -> None:
+    def weights(header: str) -> bytes:
+        whole = header.replace("%s", HF).encode()
+        return struct.pack("<Q", len(whole)) + whole
+
+    twice = weights('{"__metadata__": {"note": "%s"}, "__metadata__": {"format": "pt"}}')
+    assert leaks.leaks("x.safetensors", twice, NOWHERE) == ["x.safetensors, metadata note: a Hugging Face token"]
+    inner = weights('{"__metadata__": {"note": "%s", "note": "fine"}}')
+    assert leaks.leaks("x.safetensors", inner, NOWHERE) == ["x.safetensors, metadata note: a Hugging Face token"]
+    tensor = weights('{"a": {"dtype": "%s", "shape": [0], "data_offsets": [0, 0]}}')
+    assert leaks.leaks("x.safetensors", tensor, NOWHERE) == ["x.safetensors, what a tensor is: a Hugging Face token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", b'{"a": 1,}', "x.json is no JSON: .* line 1, column 9"),
+        ("x.json", b"\xff", "x.json is not text in UTF-8: byte 0"),
+        ("x.json", b"[" * 100_000, "x.json cannot be searched|x.json is no JSON"),
+        ("x.jinja", b"ok \xff", "x.jinja is not text in UTF-8: byte 3"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        leaks.leaks(name, content, NOWHERE)
+
+
+def test_local_names_and_addresses_leave_a_recipe() -> None:
+    keys = {
+        "judge": "10.0.0.3:8000",
+        "server": "localhost:8000/v1",
+        "rows": "rows.jsonl",
+        "more": ["../x/rows.jsonl", "openai/gsm8k"],
+        "mine": "data/own",
+        "model": "user/name",
+        "ratio": "1:10",
+        "host": "gpu-node:8000",
+        "world": "api.example.org:8000",
+    }
+    kept = yaml.safe_load(staging.public_recipe(keys, None, {"data/own": "/x/data/own"}))
+    assert kept == {"more": ["openai/gsm8k"], "model": "user/name", "ratio": "1:10", "world": "api.example.org:8000"}
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

@@ -14,8 +14,11 @@ from huggingface_hub import ModelCard
 from tests.hub.conftest import BASE, recipe
 from tests.hub.standin import TOKEN, Failure, Repo, StandIn
 from tests.tiny import tiny_path, tiny_tokenizer
-from trl_ext import saved
+from trl_ext import pushing, saved, staging
+from trl_ext.card_data import License
 from trl_ext.cli import main
+from trl_ext.hub import Wish, base_license
+from trl_ext.run_facts import PublishError, base_name, local_names, read_run
 
 REPO = "alice/my-run"
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "recipe.yaml"}
@@ -161,6 +164,10 @@ def test_no_answer_no_token_no_name(
         ("---\nlicense: mit\n---\n", "was not made by trl-ext"),
         ("", "was not made by trl-ext"),
         ("---\ntags: [trl-ext]\nbase_model: other/base\n---\n", "holds an adapter of other/base, not of qwen/tiny"),
+        (
+            "---\ntags: [trl-ext]\nbase_model: qwen/tiny\nbase_model_relation: finetune\ntrl_ext_run: merged\n---\n",
+            "holds a whole model of qwen/tiny (the run merged), whose files an adapter would replace",
+        ),
     ],
 )
 def test_something_else_is_written_over_on_request_only(
@@ -171,6 +178,80 @@ def test_something_else_is_written_over_on_request_only(
     assert words in capsys.readouterr().err and not hub.uploads()
     assert publish(run, "--yes-overwrite") == 0
     assert set(hub.repos[REPO].files) == {*FILES, "adapter_model.bin"}, "a tokenizer would be taken for ours"
+
+
+def test_the_run_that_is_replaced_is_named(run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish(run) == 0
+    assert "in place of" not in capsys.readouterr().out
+    own = hub.repos[REPO].files["README.md"]
+    hub.repos[REPO].files["README.md"] = own.replace(b"trl_ext_run: my-run", b"trl_ext_run: earlier")
+    assert publish(run) == 0
+    assert "in place of the run earlier" in capsys.readouterr().out
+
+
+def test_the_owner_s_default_decides_unless_private_is_asked_for(run: Path, hub: StandIn) -> None:
+    def asked() -> dict:
+        return json.loads([body for _, path, body in hub.requests if path.endswith("repos/create")][-1])
+
+    publish(run)
+    assert not {"private", "visibility"} & set(asked())
+    publish(run, "--private", repo="alice/hidden")
+    assert asked().get("private") is True or asked().get("visibility") == "private"
+
+
+def test_names_that_were_files_when_the_run_began_are_none_on_the_hub(
+    run: Path, hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = yaml.safe_load((run / "recipe.yaml").read_text())
+    written = json.loads((run / "local_names.json").read_text())
+    assert written == {name: name for name in (own["model_name_or_path"], own["dataset_name"])}
+    for name in ("data/private_rows.jsonl", "rows.jsonl", "../x/rows.jsonl", "data/private"):
+        (run / "recipe.yaml").write_text(yaml.safe_dump({**own, "dataset_name": name}))
+        (run / "local_names.json").write_text(json.dumps({**written, "data/private": "/x/data/private"}))
+        assert publish(run) == 0
+        files = hub.repos[REPO].files
+        assert "datasets" not in ModelCard(files["README.md"].decode()).data.to_dict()
+        assert "dataset_name" not in yaml.safe_load(files["recipe.yaml"])
+        assert "a data set that is not public" in files["README.md"].decode()
+    adapter = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": "models/my-sft"}))
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**own, "model_name_or_path": "models/my-sft"}))
+    (run / "local_names.json").write_text(json.dumps({"models/my-sft": tiny_path()}))
+    with pytest.raises(PublishError, match="name it on the Hub with --base"):
+        base_name(read_run(run), None)
+    assert read_run(run).base_folder == Path(tiny_path())
+
+
+def test_local_names_are_taken_where_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    recipe = {
+        "model_name_or_path": "user/model",
+        "dataset_name": "data",
+        "datasets": [{"path": "data"}, {"path": "a/b"}],
+    }
+    assert local_names(recipe) == {"data": str(tmp_path / "data")}
+
+
+def test_a_base_that_is_named_in_the_run_is_asked_for_too(
+    run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": "gone/base"}))
+    assert main(["publish", str(run), "--repo", REPO, "--license", "mit"]) == 2
+    assert "gone/base on" in (shown := capsys.readouterr().err) and "no such repository (404)" in shown
+
+
+def test_a_file_that_cannot_be_read_is_told(run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "tokenizer_config.json").write_text("{")
+    with pytest.raises(PublishError, match=r"tokenizer_config\.json cannot be read:\n  - it is no JSON"):
+        staging._tidy(run / "tokenizer_config.json")
+    (run / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(PublishError, match=r"its card .*README\.md cannot be read .* --license"):
+        base_license("qwen/tiny", run, None)
+    (run / "adapter_config.json").write_text("{")
+    assert publish(run) == 2
+    assert "adapter_config.json cannot be read" in capsys.readouterr().err
 
 
 def test_private_is_kept_or_refused(run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,9 +368,14 @@ def test_a_push_that_fails_leaves_a_finished_run(
     hub: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.failures.append(Failure("commit", 403, times=100))
-    assert main(["train", recipe(tmp_path, push_to_hub=True, hub_base_model=BASE)]) == 2
+    keys = {"push_to_hub": True, "hub_base_model": BASE, "hub_private_repo": True, "hub_license": "mit"}
+    assert main(["train", recipe(tmp_path, **keys)]) == 2
     shown = capsys.readouterr().err
-    assert "no permission (403)" in shown and f"--repo {REPO} --base {BASE}" in shown
+    assert "no permission (403)" in shown and f"--repo {REPO} --base {BASE} --license mit --private" in shown
+    licence = License("other", "own terms", "https://a.example/l")
+    assert pushing._by_hand(Wish(REPO, license=licence), "runs/x") == (
+        f"trl-ext publish runs/x --repo {REPO} --license other --license-name 'own terms' --license-link https://a.example/l"
+    )
     hub.failures.clear()
     assert publish(tmp_path / "my-run") == 0
 
@@ -302,4 +388,13 @@ def test_push_to_hub_fails_before_training(hub: StandIn, tmp_path: Path, capsys:
     hub.failures.append(Failure("whoami", 401))
     assert main(["train", recipe(tmp_path, push_to_hub=True, hub_base_model=BASE)]) == 2
     assert "the token is not valid" in capsys.readouterr().err
+    assert main(["train", recipe(tmp_path, push_to_hub=True, hub_base_model="models/my sft")]) == 2
+    assert "hub_base_model: models/my sft: not a name on the Hub" in capsys.readouterr().err
+    assert main(["train", recipe(tmp_path, push_to_hub=True, hub_base_model="no/such", hub_license="mit")]) == 2
+    assert "no such repository (404)" in capsys.readouterr().err
+    hub.repos[REPO] = Repo(files={"README.md": b"---\nlicense: mit\n---\n"})
+    assert main(["train", recipe(tmp_path, push_to_hub=True, hub_base_model=BASE)]) == 2
+    assert "exists and was not made by trl-ext" in capsys.readouterr().err
+    del hub.repos[REPO]
+    assert pushing._base_problems("a/b", "c/d") == ["hub_base_model: c/d: the recipe trains a/b; leave it out"]
     assert not (tmp_path / "my-run").exists()

@@ -178,6 +178,16 @@ def test_what_does_not_parse(text):
         ("x.f(1)", False),
         ("def f(x): return 1\nassert f(1)", False),
         ("f = abs\nassert f(1)", False),
+        ("from solution import f\nassert f(1) == 2", False),
+        ("from solution import g as f\nassert f(1) == 2", False),
+        ("import f\nf(1)", False),
+        ("import f.g\nf(1)", False),
+        ("def check(f):\n    f(1)", False),
+        ("check = lambda *f: f(1)", False),
+        ("try:\n    f(1)\nexcept ValueError as f:\n    pass", False),
+        ("match [1]:\n    case [*f]:\n        f(1)", False),
+        ("for f in [abs]:\n    f(1)", False),
+        ("import math\nfrom f import g\nassert f(1, f=2) == math.pi", True),
     ],
 )
 def test_calls(text, expected):
@@ -211,6 +221,10 @@ def test_pair_texts():
         "```python\ndef f(): 1\n```",
         "```python\ndef f(): 2\n```",
     )
+    fences = "def f():\n    return '''\n```\n'''"
+    whole = dstc.completion(fences, "assert f() == '\\n```\\n'")
+    assert whole.startswith("````python\n") and dstc.first_block(whole) == fences
+    assert dstc.first_block(whole.partition("\n````\n\n")[2]) == "assert f() == '\\n```\\n'"
     with pytest.raises(Skipped, match="coincide"):
         dstc.pair_texts(codes, tests, Selection(0, 1, 0, 0), concat=False)
 

@@ -1,18 +1,21 @@
 """DSTC's build: sampling, running, selecting, what is on disk, going on after a stop, settings of a recipe, one real run."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from trl_ext.checkpoints import CheckpointError
 from trl_ext.data_sources import DataError
 from trl_ext.executor import Limits, NoIsolation, make_executor
 from trl_ext.executor.base import Outcome
-from trl_ext.loops import LoopError, dstc_data, make_loop
+from trl_ext.loops import LoopError, dstc_data, dstc_run, make_loop
 from trl_ext.loops.dstc_settings import Dstc
 from trl_ext.recipe import RecipeError, load_recipe
+from trl_ext.run import train
 
 CODES = {
     "double": [
@@ -138,6 +141,27 @@ def test_another_build_in_the_folder_is_refused(tmp_path):
         )
 
 
+def test_other_data_of_the_same_length_are_refused(tmp_path):
+    built(tmp_path)
+    for changed in ({"prompt": [{"role": "user", "content": "Task double. Now."}]}, {"entry_point": "triple"}):
+        rows = [{**ROWS[0], **changed}, ROWS[1]]
+        with pytest.raises(CheckpointError, match="data was"):
+            dstc_data.build(rows, LOOP, Scripted(), InProcess(), str(tmp_path), seed=0, model="m")
+
+
+def test_how_the_data_are_made_may_change(tmp_path):
+    whole = built(tmp_path)
+    how = {"executor": "unshare", "at_once": 3, "vllm_server_base_url": "http://localhost:1"}
+    assert built(tmp_path, loop=dataclasses.replace(LOOP, **how)) == whole
+
+
+def test_the_pair_is_a_completion_of_the_instruction_and_not_of_the_question_for_code(tmp_path):
+    assert built(tmp_path / "a")[0]["prompt"] == ROWS[0]["prompt"]
+    loop = dataclasses.replace(LOOP, train_prompt="{prompt} Name it `{entry_point}`.")
+    (turn,) = built(tmp_path / "b", loop=loop)[0]["prompt"]
+    assert turn["content"] == "Task double. Name it `double`."
+
+
 def test_codes_alone(tmp_path):
     loop = Dstc(executor="auto", num_codes=3, num_tests=4, generation_batch_size=4, concat=False)
     assert built(tmp_path, loop=loop)[0]["chosen"] == "```python\ndef double(x):\n    return 2 * x\n```"
@@ -225,7 +249,15 @@ def test_problems_of_settings():
     ]
     assert found[2].startswith("test_prompt: ")
     assert found[2].endswith("write {{ and }} for literal braces")
-    for setting in ({"num_codes": 1}, {"selection": "best"}, {"executor": "subprocess"}, {"exec_timeout_s": 0}):
+    (problem,) = Dstc(executor="auto", train_prompt="{entry_point}").check(args(), [], True)
+    assert problem == "train_prompt: it has no {prompt}"
+    for setting in (
+        {"num_codes": 1},
+        {"num_tests": 1},
+        {"selection": "best"},
+        {"executor": "subprocess"},
+        {"exec_timeout_s": 0},
+    ):
         with pytest.raises(LoopError, match=next(iter(setting))):
             make_loop({"dstc": setting})
 
@@ -248,6 +280,35 @@ def test_a_recipe_says_what_is_wrong(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(RecipeError, match="loop: dstc: executor: model-written code is run"):
         load_recipe(str(tmp_path / "recipe.yaml"))
+    packed = ["--loop.dstc.executor", "auto", "--use_peft", "true", "--load_in_4bit", "true"]
+    assert load_recipe(str(tmp_path / "recipe.yaml"), packed).model_args.load_in_4bit, "nothing is merged here"
     loaded = load_recipe(str(tmp_path / "recipe.yaml"), ["--loop.dstc.executor", "auto"])
     assert loaded.loop == Dstc(executor="auto")
     assert "10 codes and 10 tests" in loaded.loop.describe(loaded.training_args)
+
+
+def test_the_schedule_is_that_of_the_pairs_whose_number_nobody_knows_yet(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Add.", "entry_point": "add"}\n' * 32)
+    recipe = {"trainer": "dpo", "model_name_or_path": "sandbox", "dataset_name": str(tmp_path / "rows.jsonl")}
+    recipe |= {"bf16": False, "num_train_epochs": 2, "per_device_train_batch_size": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"loop": {"dstc": {"executor": "auto"}}}))
+    schedule = train(load_recipe(str(tmp_path / "recipe.yaml")), dry_run=True).schedule
+    assert schedule.startswith("on what the loop makes of the data set: 4 pairs x ")
+    assert schedule.endswith("; 2 epochs; the number of steps depends on the size of the data set")
+
+
+def test_the_sampler_is_packed_as_the_trainer_s_model_is(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Add.", "entry_point": "add"}\n')
+    recipe = {"trainer": "dpo", "model_name_or_path": "sandbox", "dataset_name": str(tmp_path / "rows.jsonl")}
+    recipe |= {"bf16": False, "max_steps": 1, "use_peft": True, "load_in_4bit": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"loop": {"dstc": {"executor": "auto"}}}))
+    loaded, asked = load_recipe(str(tmp_path / "recipe.yaml")), {}
+
+    def from_pretrained(model, **kwargs):
+        asked.update(kwargs)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(dstc_run.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    dstc_run._Late(loaded, "m", None, loaded.loop)._make()
+    assert asked["quantization_config"].load_in_4bit
+    assert asked["device_map"] == {"": loaded.training_args.device}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ import trl
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import assert_equal, tiny_path, tiny_tokenizer, weights
-from trl_ext import run
+from trl_ext import merging, run
 from trl_ext.checkpoints import CheckpointError
 from trl_ext.data import DataError, load_data
-from trl_ext.loops import building, iterative
+from trl_ext.loops import building, iterative, policies
 from trl_ext.loops.iterative import IterativeTrainer
 from trl_ext.loops.policies import Policies
+from trl_ext.loops.round_files import folder_of
 from trl_ext.loops.round_log import Relay
+from trl_ext.loops.sampling import prompt_ids
 from trl_ext.recipe import RecipeError, load_recipe
+from trl_ext.watch import Watch
 
 LOOP = {
     "rounds": 2,
@@ -124,21 +130,40 @@ POINTS = {
     "while writing the anchor": ((Policies, "write"), 1),
     "before the report": ((IterativeTrainer, "_report"), 1),
     "while judging": ((IterativeTrainer, "_held_out"), 2),
+    "inside the merge": ((merging, "_check"), 3),
+    "inside the second merge": ((merging, "_check"), 6),
 }
-SECOND = ("while sampling", "after scores", "inside training", "after training", "before the report")
+FIRST = [name for name in POINTS if "merge" not in name]
+SECOND = ["while sampling", "after scores", "inside training", "after training", "before the report"]
+LORA: dict[str, Any] = {
+    "use_peft": True,
+    "lora_r": 2,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_dropout": 0.0,
+}
+KILLS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "dpo": ({}, [*FIRST, *SECOND]),
+    "kto": ({}, ["while sampling", "after scores", "inside training", "before the report"]),
+    "lora": (
+        LORA | {"max_steps": 2},
+        ["inside training", "after training", "inside the merge", "inside the second merge"],
+    ),
+}
 
 
-@pytest.mark.parametrize("trainer", ["dpo", "kto"])
-def test_killed_anywhere_and_resumed(tmp_path, monkeypatch, trainer):
+@pytest.mark.parametrize("kind", KILLS)
+def test_killed_anywhere_and_resumed(tmp_path, monkeypatch, kind):
     """One run dies at every stage of round 1 and most of round 2, and is resumed each time."""
-    loop, build = {"nesterov": {"alpha": 0.4}, "replay": 0.5}, kto if trainer == "kto" else make
-    whole = played(build(tmp_path / "whole", loop))
-    for name in [*POINTS, *SECOND]:
+    keys, points = KILLS[kind]
+    loop, steps = {"nesterov": {"alpha": 0.4}, "replay": 0.5}, keys.get("max_steps", 3)
+    build = functools.partial(kto if kind == "kto" else make, loop=loop, **keys)
+    whole = played(build(tmp_path / "whole"))
+    for name in points:
         with monkeypatch.context() as patch:
             kill(patch, *POINTS[name])
             with pytest.raises(Killed):
-                build(tmp_path / "part", loop).train()
-    again = played(build(tmp_path / "part", loop))
+                build(tmp_path / "part").train()
+    again = played(build(tmp_path / "part"))
     for number in (1, 2):
         for name in ("samples.jsonl", "scores.jsonl", "train.jsonl", "held_out.jsonl", "report.json"):
             mine, other = (rounds(t, number) / name for t in (again, whole))
@@ -153,7 +178,7 @@ def test_killed_anywhere_and_resumed(tmp_path, monkeypatch, trainer):
     ]
     for mine, other in zip(*logs, strict=True):
         assert mine == other
-    assert [e["step"] for e in logs[0] if "iterative/round" in e] == [3, 6]
+    assert [e["step"] for e in logs[0] if "iterative/round" in e] == [steps, 2 * steps]
     assert (
         not (rounds(again, 1) / "samples").exists()
         and not list((tmp_path / "part").rglob("*.part"))
@@ -286,8 +311,7 @@ def test_each_round_begins_where_the_last_one_ended(tmp_path, monkeypatch):
         return trainer
 
     monkeypatch.setattr(iterative, "build_trainer", look)
-    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
-    for name, keys in {"full": {}, "lora": lora | {"learning_rate": 0.05}}.items():
+    for name, keys in {"full": {}, "lora": LORA | {"learning_rate": 0.05}}.items():
         starts.clear()
         trainer = played(make(tmp_path / name, max_steps=2, **keys))
         first, second = starts
@@ -310,12 +334,30 @@ def test_anchor(tmp_path):
         torch.testing.assert_close(value, new[name] + step)
         squares += float(step.square().sum())
     report = json.loads((rounds(trainer, 1) / "report.json").read_text())["nesterov"]
-    assert report == {"alpha": 0.5, "anchor_distance": pytest.approx(squares**0.5, rel=1e-5)}
+    distance, kl = pytest.approx(squares**0.5, rel=1e-5), pytest.approx(anchor_kl(trainer), rel=1e-3, abs=1e-7)
+    assert report == {"alpha": 0.5, "anchor_distance": distance, "kl_anchor_to_trained": kl}
     assert {line["sampler"] for line in lines(rounds(trainer, 2) / "samples.jsonl")} == {"rounds/round-1/anchor"}
     assert not (rounds(trainer, 2) / "anchor").exists()
     assert_equal(weights_of(trainer.model), policy(trainer, 2))  # the trained policy, not an anchor
     entry = next(e for e in trainer.state.log_history if e.get("iterative/round") == 1)
     assert entry["nesterov/anchor_distance"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def anchor_kl(trainer: IterativeTrainer) -> float:
+    """KL(anchor || trained) over the tokens of the trained policy's held-out replies, each from a forward of its own."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(rounds(trainer, 1) / kind, dtype="float32")
+        for kind in ("policy", "anchor")
+    ]
+    found = []
+    for line in lines(rounds(trainer, 1) / "held_out.jsonl"):
+        for reply in line["replies"]:
+            ids = prompt_ids(tiny_tokenizer(), trainer.rows[line["prompt"]])
+            for token in reply["tokens"]:
+                p, q = (m(torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item() for m in models)
+                found.append(q / p * math.log(q / p) - q / p + 1)
+                ids.append(token)
+    return sum(found) / len(found)
 
 
 def test_without_momentum_nothing_changes(tmp_path):
@@ -379,21 +421,175 @@ def test_other_settings_do_not_resume(tmp_path, monkeypatch):
         make(tmp_path, learning_rate=0.1).train()
 
 
+@pytest.mark.parametrize(
+    ("row", "keys", "told"),
+    [
+        ({"answer": "x"}, {}, "sha256 of the rows was"),
+        ({"prompt": "other"}, {}, "sha256 of the rows was"),
+        ({}, {"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, is 2"),
+        ({}, {"dpo_loop": {"temperature": 0.9}}, r"loop\.iterative\.temperature was 1\.0, is 0\.9"),
+    ],
+)
+def test_other_rows_and_settings_do_not_resume(tmp_path, monkeypatch, row, keys, told):
+    """Killed after samples.jsonl; the check comes with the trainer, and alone, before a run writes anything."""
+    with monkeypatch.context() as patch:
+        kill(patch, (building, "verdicts"))
+        with pytest.raises(Killed):
+            make(tmp_path).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")}
+    assert rounds_at(tmp_path) / "samples.jsonl" in before
+    recipe = recipe_of(tmp_path, keys.pop("dpo_loop", None), **keys)
+    rows = [*lines(tmp_path / "prompts.jsonl")[:-1], lines(tmp_path / "prompts.jsonl")[-1] | row]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    data = load_data(recipe)
+    for refuses in (
+        lambda: iterative.check_begun(recipe, tiny_path(), data),
+        lambda: IterativeTrainer(recipe, tiny_path(), tiny_tokenizer(), data),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            refuses()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")} == before
+
+
+def rounds_at(folder: Path) -> Path:
+    return folder / "run" / "rounds" / "round-1"
+
+
+def test_what_decides_nothing_may_change(tmp_path):
+    free = {"save_steps": 2, "logging_steps": 5, "output_dir": str(tmp_path / "x"), "run_name": "b"}
+    judge = {"scorer": {"judge": {"base_url": "http://x/v1", "model": "m", "timeout": 5}}}
+    other = {"scorer": {"judge": {"base_url": "http://x/v1", "model": "m", "timeout": 9, "max_unread": 0.5}}}
+    data = load_data(recipe_of(tmp_path))
+    for one, two in (((None, {}), (None, free)), ((judge, {"rewards": []}), (other, {"rewards": []}))):
+        found = [iterative._deciding(recipe_of(tmp_path, loop, **k), "m", data.train) for loop, k in (one, two)]
+        assert found[0] == found[1] and found[0]["beta"] == 0.1 and found[0]["lora_r"] == 16
+
+
+# Merging
+
+
+class Adapted:
+    """In place of a trainer with an adapter."""
+
+    peft_config = ()
+    dtype = torch.float32
+    accelerator = property(lambda self: self)
+    model = property(lambda self: self)
+
+    def unwrap_model(self, model):
+        return model
+
+    def get_base_model(self):
+        return self
+
+    def save_model(self, folder):
+        Path(folder).mkdir(parents=True)
+
+
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(tmp_path, monkeypatch):
+    trainer, merged, asked = make(tmp_path), [], []
+    trainer.base, args = "org/model", trainer.recipe.model_args
+    args.model_name_or_path, args.model_revision = "org/model", "v2"
+    monkeypatch.setattr(policies, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "/cache/v2")
+
+    def merge(adapter, out, base, precision):
+        merged.append((base, precision))
+        return merging.Merged(out, base, (adapter,), precision, moved=0.1, merging=0.0, rounding=0.05, stored=0.0)
+
+    monkeypatch.setattr(merging, "merge_adapter", merge)
+    for number, start in ((1, "org/model"), (2, "/rounds/round-1/policy")):
+        folder = folder_of(str(tmp_path / "run"), number)
+        folder.path.mkdir(parents=True)
+        trainer._store(Adapted(), folder, start)
+        assert folder.policy.is_dir()
+        (warning,) = folder.read("merge")
+        assert warning.startswith("rounding to float32 undoes a good part")
+    assert merged == [("/cache/v2", "float32"), ("/rounds/round-1/policy", "float32")]
+    assert asked == [(("org/model",), {"revision": "v2"})]
+
+
+def test_warnings_of_rounds_are_those_of_the_run(tmp_path):
+    """Also of rounds that a run before this one finished."""
+    trainer, watch = make(tmp_path, {"rounds": 1}), Watch()
+    folder = folder_of(trainer.args.output_dir, 1)
+    numbers = {"win_rate": 0.5, "win_rate_over_start": 0.5}
+    folder.value("log", lambda: [{"step": 3, "loss": 1.0}])
+    folder.value("report", lambda: {"round": 1, "numbers": numbers, "nesterov": {}, "warnings": ["rounded"]})
+    trainer.add_callback(watch)
+    trainer.log.begin([folder])
+    assert watch.warnings == ["round 1: rounded"] and "  rounded" in trainer.summary()
+
+
+# Data
+
+
+def prompts_of(folder: Path, rows: list[dict[str, Any]], loop: dict[str, Any], **keys: Any) -> IterativeTrainer:
+    recipe = recipe_of(folder, loop, **keys)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return IterativeTrainer(recipe, tiny_path(), tiny_tokenizer(), load_data(recipe))
+
+
+def test_a_prompt_that_comes_twice_is_taken_once(tmp_path):
+    rows = [{"prompt": f"{i} + 1"} for i in range(8)]
+    trainer = prompts_of(tmp_path, [*rows, *rows[:5]], {"prompts_per_round": 3, "eval_prompts": 2})
+    taken = [*trainer.held_out, *(i for one in trainer.splits for i in one)]
+    assert sorted(taken) == list(range(8)) and trainer.duplicates == 5
+    with pytest.raises(DataError, match="the data set has 8 different ones"):
+        prompts_of(tmp_path, [*rows, *rows], {"prompts_per_round": 4, "eval_prompts": 2})
+
+
+def test_teachers(tmp_path):
+    rows = [{"prompt": f"{i}?", "gold": gold} for i, gold in enumerate(["text", None, "", "b", "c", "d", "e"])]
+    loop = {"prompts_per_round": 2, "teacher_column": "gold"}
+    trainer = prompts_of(tmp_path / "a", rows, loop)
+    found = {line["prompt"]: line["teacher"] for line in trainer._part(1, [0, 1, 2], 0)}
+    assert found == {0: "text", 1: None, 2: ""}
+    assert building.teacher_of({"gold": [{"role": "assistant", "content": "last"}]}, "gold") == "last"
+    assert building.teacher_of({"gold": []}, "gold") is None
+    with pytest.raises(DataError, match="no column 'glod', did you mean 'gold'"):
+        prompts_of(tmp_path / "b", rows, loop | {"teacher_column": "glod"})
+    with pytest.raises(DataError, match="row 0 of 'gold' has 0; expected a text"):
+        prompts_of(tmp_path / "c", [row | {"gold": i} for i, row in enumerate(rows)], loop)
+
+
+def test_a_cut_off_reply_is_an_automatic_negative(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    line = {"teacher": "t", "replies": [{"text": "a", "tokens": [5], "cut": cut} for cut in (True, False)]}
+    assert [r.negative for r in building.replies_of(line, tiny_tokenizer(), 0.2)] == [False, True, False]
+
+
+def test_one_reply_alone_is_enough_for_a_label_and_no_pair(tmp_path):
+    trainer = kto(tmp_path, {"num_samples": 1, "label_threshold": 0.5})
+    rows = [trainer.rows[0]]
+    sampled = [{"round": 1, "prompt": 0, "sampler": "m", "teacher": None}]
+    sampled[0]["replies"] = [{"text": "abc", "tokens": [4, 5, 6], "cut": False}]
+    (verdict,) = building.verdicts(rows, sampled, trainer.scorer, trainer.loop, tiny_tokenizer())
+    assert verdict["rewards"] == [None] and verdict["scores"] == [1.0]
+    assert [line["label"] for line in building.label_lines(rows, sampled, [verdict], trainer.loop)] == [True]
+    pairs = make(tmp_path / "b", {"num_samples": 1, "teacher_column": "gold"})  # of a row without a teacher
+    assert building.pair_lines(rows, sampled, [verdict], pairs.loop) == []
+    assert building.contradictions(sampled, [verdict], pairs.loop) == 0
+
+
 # Refusals
 
 
 def test_too_few_prompts(tmp_path):
     with pytest.raises(
-        DataError, match=r"2 rounds x 5 prompts \+ 3 held-out ones take 13 prompts, the data set has 11"
+        DataError, match=r"2 rounds x 5 prompts \+ 3 held-out ones take 13 prompts, the data set has 11 different"
     ):
         make(tmp_path, {"prompts_per_round": 5})
     assert len(make(tmp_path, {"prompts_per_round": None}).splits[1]) == 4  # (11 - 3) // 2
 
 
 def test_no_pair(tmp_path, monkeypatch):
+    """Nothing is written that a run could not come back from."""
     monkeypatch.setattr(building, "pair_lines", lambda *args: [])
-    with pytest.raises(DataError, match="round 1: no pair came out of its samples; lower min_positive_score"):
-        make(tmp_path).train()
+    told = "round 1: no pair came out of its samples; lower min_positive_score.* start a new run"
+    for _ in range(2):
+        with pytest.raises(DataError, match=told):
+            make(tmp_path).train()
+    assert not (rounds_at(tmp_path) / "train.jsonl").exists() and (rounds_at(tmp_path) / "scores.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from trl_ext.loops.pairs import (
     all_pairs,
     best_worst,
     chosen_pairs,
+    contradicted,
     losing,
     repeats,
     replay_counts,
@@ -83,6 +84,18 @@ def test_rubric_edges():
     assert rubric_pairs([5, 5], None, Rubric(5, 0, 0)) == []  # equal replies are no pair, whatever the margin
     with pytest.raises(ValueError, match="use all or best_worst"):
         chosen_pairs("rubric", None, P, None, Rubric())
+
+
+def test_an_ensemble_whose_mean_score_contradicts_its_win_rate():
+    """Members [9, 0], [0, 3], [0, 3]: means 3 and 2, but r = (sigmoid(9) + 2 sigmoid(-3)) / 3 = 0.364909 and 0.635091."""
+    members = torch.tensor([[9.0, 0.0], [0.0, 3.0], [0.0, 3.0]])
+    scores, wins, rubric = members.mean(0).tolist(), wins_of_members(members), Rubric(3, 1, 1)
+    assert rubric_pairs(scores, None, rubric) == [(0, 1)]
+    assert self_play_rewards(wins).tolist() == pytest.approx([0.364909, 0.635091], abs=1e-6)
+    assert chosen_pairs("rubric", scores, wins, None, rubric) == []
+    assert contradicted("rubric", scores, wins, None, rubric) == 1
+    assert contradicted("all", scores, wins, None, rubric) == 0
+    assert contradicted("rubric", [3, 2], wins_of_scores([3, 2]), None, rubric) == 0
 
 
 def test_all_and_best_worst():

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import prompts, tiny_path, tiny_tokenizer
-from trl_ext.loops.sampling import Drawing, TransformersSampler, VllmSampler, number_of, prompt_ids, sample_of
+from trl_ext.loops.sampling import (
+    Drawing,
+    TransformersSampler,
+    VllmSampler,
+    kl_of_samples,
+    number_of,
+    prompt_ids,
+    sample_of,
+    token_log_probs,
+)
 
 DRAWING = Drawing(temperature=1.0, top_p=1.0, length=6, batch=4)
 
@@ -53,6 +64,27 @@ def test_the_end_of_a_reply():
     assert sample_of(tokenizer, [a, b, end, pad, pad], {end}) == {"text": "ab", "tokens": [a, b, end], "cut": False}
     assert sample_of(tokenizer, [a, b], {end}) == {"text": "ab", "tokens": [a, b], "cut": True}
     assert sample_of(tokenizer, [end], {end}) == {"text": "", "tokens": [end], "cut": False}
+
+
+def test_log_probs_of_a_reply(sampler):
+    """Against one forward for each token."""
+    (row,) = prompts(1)
+    ids, tokens = prompt_ids(sampler.tokenizer, row), sampler.tokenizer("abc")["input_ids"]
+    expected = []
+    for token in tokens:
+        with torch.no_grad():
+            logits = sampler.model(torch.tensor([ids])).logits[0, -1] / 0.7
+        expected.append(float(logits[token] - logits.exp().sum().log()))
+        ids.append(token)
+    found = token_log_probs(sampler.model, sampler.tokenizer, row, tokens, 0.7)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_kl_of_samples():
+    """p = (0.5, 0.5) and own q = (0.25, 0.75), each token as often as q says: KL(p || q) = 0.143841."""
+    half, q = math.log(0.5), [math.log(0.25), *[math.log(0.75)] * 3]
+    assert kl_of_samples([half] * 4, q) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert kl_of_samples(q, q) == 0 and kl_of_samples([half], q[:1]) > 0
 
 
 class Client:

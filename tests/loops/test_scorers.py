@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from trl_ext.annotate.base import AnnotatorError
 from trl_ext.annotate.endpoint import EndpointAnnotator
 from trl_ext.loops.judge import MAX_ANSWER, Judge, read_better, read_scores
-from trl_ext.loops.scorers import Reply, make_scorer
+from trl_ext.loops.scorers import Ensemble, Reply, make_scorer, shared_means
 from trl_ext.rewards.checked import RewardError, checked
 
 ROWS = [
@@ -52,9 +53,49 @@ def test_ensemble():
     scorer = make_scorer({"ensemble": {"temperature": 0.5}}, [right, short], None, "unused")
     (found,) = scorer.judge(ROWS[:1], [replies("2", "22")])
     assert found.wins[0, 1].item() == pytest.approx(0.880797, abs=1e-6)  # sigmoid(2)
-    assert found.scores == [0.0, -1.0]
+    assert found.scores == [0.0, -1.0]  # right 1, 0; short -1, -2
     (odd,) = scorer.judge(ROWS[:1], [replies("", "2")])  # `right` abstains: sigmoid(1 / 0.5) is short's alone
     assert odd.wins[0, 1].item() == pytest.approx(0.880797, abs=1e-6)
+
+
+def test_an_ensemble_compares_means_over_the_same_members():
+    """`right` abstains on the empty reply alone: its mean would be over `short` only, -0, and the highest of all."""
+    scorer = make_scorer("ensemble", [right, short], None, "unused")
+    (found,) = scorer.judge(ROWS[:1], [replies("", "2", "333")])
+    assert found.scores == [None, 0.0, -1.5]
+    (alone,) = scorer.judge(ROWS[:1], [replies("", "")])  # it abstains on all: the other one's means can be compared
+    assert alone.scores == [0.0, 0.0]
+    assert shared_means(torch.full((2, 3), float("nan"))).isnan().all()
+
+
+def infinite(completions, **kwargs):
+    return [float("inf") if c[0]["content"] == "oh" else 1.0 for c in completions]
+
+
+class Members:
+    """Two reward models, one of which fails."""
+
+    paths = ("org/good", "org/bad")
+
+    def __call__(self, prompts, completions):
+        return torch.tensor([[1.0] * len(prompts), infinite(completions)])
+
+
+def test_an_infinite_score_is_refused_with_its_prompt():
+    some = [replies("a", "b"), replies("c", "oh")]
+    with pytest.raises(RewardError, match=r"'infinite' gave an infinite score to 1 of 4 replies.*2 \+ 2\?"):
+        make_scorer("verifier", [infinite], None, "unused").judge(ROWS, some)
+    with pytest.raises(RewardError, match=r"'org/good, org/bad' gave an infinite score.*2 \+ 2\?"):
+        Ensemble((), (Members(),)).judge(ROWS, some)
+
+
+def test_automatic_negatives_lose_in_win_rates():
+    """A right reply that was cut off loses to a wrong one that was not; of two cut off ones none wins."""
+    good, wrong, cut = Reply("2", (1,)), Reply("3", (1,)), Reply("2", (1,), negative=True)
+    for scorer in (make_scorer("verifier", [right], None, "unused"), Judge(Script(longer))):
+        rates = scorer.win_rates([ROWS[0]] * 4, [[cut], [wrong], [cut], [good]], [[wrong], [cut], [cut], [good]])
+        assert rates == [0, 1, 0.5, 0.5], scorer.name
+    assert scorer.client.asked == [], "a negative is not asked about, and equal replies are not either"
 
 
 class Script:
@@ -97,8 +138,25 @@ def test_a_judge_that_likes_the_first_place_is_undecided():
 
 def test_one_readable_order_counts():
     client = Script(lambda text: '{"better": "first"}' if shown(text)[1] == "a" else "I would rather not")
-    (found,) = Judge(client).judge(ROWS[:1], [replies("a", "b")])
+    (found,) = Judge(client, max_unread=0.5).judge(ROWS[:1], [replies("a", "b")])
     assert found.wins[0, 1] == 1 and found.wins[1, 0] == 0 and found.unread == 1
+
+
+def test_too_many_unread_verdicts_are_refused():
+    """One question in ten is allowed, two are not; the same in every way of asking."""
+
+    def fails(number):
+        counted = iter(range(1000))
+        return Script(lambda _: "no" if next(counted) < number else '{"better": "equal"}')
+
+    some = [replies("a", "b")] * 5  # 10 questions
+    assert sum(one.unread for one in Judge(fails(1)).judge([ROWS[0]] * 5, some)) == 1
+    with pytest.raises(AnnotatorError, match=r"2 of 10 questions have no readable verdict, more than max_unread 0\.1"):
+        Judge(fails(2)).judge([ROWS[0]] * 5, some)
+    with pytest.raises(AnnotatorError, match="2 of 10 questions"):
+        Judge(fails(2)).win_rates([ROWS[0]] * 5, [replies("a")] * 5, [replies("b")] * 5)
+    with pytest.raises(AnnotatorError, match="2 of 2 questions"):
+        Judge(Script(lambda _: "no"), "rubric").judge(ROWS, [replies("a", "b")] * 2)
 
 
 HOSTILE = [
@@ -119,7 +177,7 @@ HOSTILE = [
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_verdicts(answer):
     assert read_better(answer) is None and read_scores(answer, 2) is None
-    (found,) = Judge(Script(lambda _: answer)).judge(ROWS[:1], [replies("a", "b")])
+    (found,) = Judge(Script(lambda _: answer), max_unread=1).judge(ROWS[:1], [replies("a", "b")])
     assert found.wins.tolist() == [[0.5, 0.5], [0.5, 0.5]] and found.unread == 2
 
 
@@ -128,7 +186,7 @@ def test_hostile_verdicts(answer):
 )
 def test_hostile_scores(scores):
     assert read_scores(f'{{"scores": {scores}}}', 2) is None
-    (found,) = Judge(Script(lambda _: f'{{"scores": {scores}}}'), "rubric").judge(ROWS[:1], [replies("a", "b")])
+    (found,) = Judge(Script(lambda _: f'{{"scores": {scores}}}'), "rubric", 1).judge(ROWS[:1], [replies("a", "b")])
     assert found.scores == [None, None] and found.unread == 1 and found.wins[0, 1] == 0.5
 
 
@@ -167,6 +225,7 @@ def test_a_long_reply_is_cut():
         ({"judge": {"base_url": "http://localhost/v1"}}, "a judge needs model"),
         ({"judge": {"base_url": "http://localhost/v1", "model": "m", "mode": "rate"}}, "not one of compare, rubric"),
         ({"judge": {"base_url": "ftp://x", "model": "m"}}, "base_url must be"),
+        ({"judge": {"base_url": "http://localhost/v1", "model": "m", "max_unread": 2}}, "must be a share from 0 to 1"),
         ({"judge": {"base_url": "http://localhost/v1", "model": "m", "tmeout": 1}}, "did you mean 'timeout'"),
         ({"ensemble": {}}, "at least two members"),
         ({"ensemble": {"models": ["a", "b"], "temperature": 0}}, "must be > 0"),

@@ -13,8 +13,10 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from evals import cli as evals_cli
 from tests.tiny import letters_reward, tiny_path
 from trl_ext import merging
+from trl_ext.checkpoints import CheckpointError
 from trl_ext.cli import main
 from trl_ext.data import DataError
 from trl_ext.loops import pipeline as running
@@ -23,7 +25,7 @@ from trl_ext.loops.failures import as_text, last_means
 from trl_ext.loops.pipeline import run_pipeline
 from trl_ext.loops.stages import is_pipeline, load_pipeline
 from trl_ext.recipe import RecipeError, load_recipe
-from trl_ext.run_folder import STATUS
+from trl_ext.run_folder import STATUS, mark
 
 FAIL_AT: dict[str, Any] = {"call": 0, "count": 0}
 
@@ -91,15 +93,17 @@ def problems(path: str, *overrides: str) -> list[str]:
 
 def test_all_problems_of_all_stages_are_named_at_once(tmp_path: Path) -> None:
     grpo = GRPO | {"dataset_name": str(tmp_path / "rows.jsonl"), "learning_rat": 1, "rewards": ["answer_corect"]}
-    path = recipe(tmp_path, {"one": grpo, "two": DPO | {"beta": "much", "output_dir": "x", "model_name_or_path": "y"}})
+    model = {"model_name_or_path": "y", "model_revision": "z"}
+    path = recipe(tmp_path, {"one": grpo, "two": DPO | {"beta": "much", "output_dir": "x", **model}})
     found = problems(path, "--savesteps", "3", "--push_to_hub", "true")
-    assert len(found) == 7
+    assert len(found) == 8
     assert any(p.startswith("push_to_hub: publish the finished pipeline instead") for p in found)
     assert any(p.startswith("stages.one: unknown key 'learning_rat', did you mean 'learning_rate'?") for p in found)
     assert any(p.startswith("stages.one.rewards: answer_corect: unknown reward") for p in found)
     assert any(p.startswith("stages.two.beta: ") for p in found)
     assert any(p.startswith("stages.two.output_dir: set it beside `stages`") for p in found)
-    assert any(p.startswith("stages.two.model_name_or_path: this stage starts from the model before") for p in found)
+    for key in model:
+        assert any(p.startswith(f"stages.two.{key}: this stage starts from the model before") for p in found)
     assert any(p.startswith("unknown key 'savesteps', did you mean 'save_steps'?") for p in found)
 
 
@@ -250,14 +254,14 @@ def _after(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 PLACES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "before the first step of the last stage": lambda patch: FAIL_AT.update(call=2 + 1),
-    "inside the last stage": lambda patch: FAIL_AT.update(call=2 + 2),
     "inside the first stage": lambda patch: FAIL_AT.update(call=2),
     "before a merge": lambda patch: patch.setattr(merging, "merge_adapter", _kill),
     "after a merge": lambda patch: patch.setattr(merging, "merge_adapter", _after(merging.merge_adapter)),
-    "after a stage": lambda patch: patch.setattr(running._Run, "_whole_model", _kill),
+    "before the first step of the last stage": lambda patch: FAIL_AT.update(call=1),
+    "inside the last stage": lambda patch: FAIL_AT.update(call=2),
     "before the report": lambda patch: patch.setattr(running._Run, "_finish", _kill),
 }
+"""In the order in which they come, each counted from where the kill before it left off."""
 
 
 @pytest.fixture(scope="module")
@@ -267,29 +271,44 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     return weights(folder / "run")
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_resume_from_anywhere_gives_the_same_weights(
-    place: str, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
-) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files and what they hold."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(path: str, *overrides: str) -> str:
+    """Resumes with overrides, which is refused and changes no file; the message."""
+    folder = Path(path).parent
+    before = contents(folder)
+    with pytest.raises(CheckpointError) as caught:
+        run_pipeline(load_pipeline(path, overrides), resume=True)
+    assert contents(folder) == before
+    return str(caught.value)
+
+
+def test_resume_from_anywhere_gives_the_same_weights(tmp_path: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
+    """One pipeline that is killed at each of the places; with other settings it is not resumed, and stays as it is."""
     path = recipe(tmp_path)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((Killed, RuntimeError)):
-        PLACES[place](patch)
-        run_pipeline(load_pipeline(path))
-    assert json.loads((tmp_path / "run" / STATUS).read_text()) == {"status": "running"}
+    for number, (place, prepare) in enumerate(PLACES.items()):
+        FAIL_AT.update(call=0, count=0)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((Killed, RuntimeError)) as caught:
+            prepare(patch)
+            run_pipeline(load_pipeline(path), resume=number > 0)
+        assert caught.type is Killed or "RuntimeError: killed" in str(caught.value), place
+        assert json.loads((tmp_path / "run" / STATUS).read_text()) == {"status": "running"}
+        if place == "inside the first stage":
+            found = refused(path, "--stages.first.learning_rate", "3e-3")
+            assert "stage 'first' is begun" in found and "learning_rate 0.01 then, 0.003 now" in found
+        if place == "inside the last stage":
+            assert "stage 'first' is finished" in refused(path, "--stages.first.learning_rate", "3e-3")
+            found = refused(path, "--stages.last.beta", "0.2")
+            assert "stage 'last' is begun" in found and "beta 0.1 then, 0.2 now" in found
     FAIL_AT["call"] = 0
     result = run_pipeline(load_pipeline(path), resume=True)
     assert result.output_dir == str(tmp_path / "run")
     again = weights(tmp_path / "run")
+    assert again.keys() == uninterrupted.keys()
     assert all(torch.equal(again[name], uninterrupted[name]) for name in uninterrupted)
-
-
-def test_resuming_with_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe(tmp_path)
-    FAIL_AT["call"] = 2 + 1
-    assert main(["train", path]) == 2
-    assert main(["train", path, "--resume", "--stages.first.learning_rate", "3e-3"]) == 2
-    error = capsys.readouterr().err
-    assert "stage 'first' is finished" in error and "learning_rate 0.01 then, 0.003 now" in error
 
 
 def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,13 +332,19 @@ def test_plan_and_dry_run_show_every_stage_and_write_nothing(
 def test_failures_of_a_stage_are_the_prompts_of_the_next(tmp_path: Path) -> None:
     """The odd problems fail always: 4 of the 8, of which the first stage asks all in 4 steps of 2 prompts."""
     evens = GRPO | {"dataset_name": str(tmp_path / "rows.jsonl"), "rewards": [f"{__name__}.knows_evens"]}
-    two = {k: v for k, v in GRPO.items() if k != "columns"} | {"prompts_from_failures": "one"}
+    two = {k: v for k, v in GRPO.items() if k != "columns"} | {"prompts_from_failures": {"stage": "one"}}
     pipeline = load_pipeline(recipe(tmp_path, {"one": evens | {"max_steps": 4}, "two": two}))
     run_pipeline(pipeline)
     rows = Dataset.from_parquet(str(tmp_path / "run" / "failures_1_one_for_2_two.parquet"))
     assert sorted(rows["answer"]) == ["2", "4", "6", "8"]
     asked = {json.loads(p)[0]["content"] for p in last_means(tmp_path / "run" / "1_one", "knows_evens")}
     assert asked == {f"{i} + 1 =" for i in range(8)}
+    mark(tmp_path / "run", "running")  # as a kill before the report leaves it
+    again = ["--stages.two.prompts_from_failures.below", "0.25"]
+    found = refused(str(pipeline.path), *again)
+    assert "'below': 0.5" in found and "'below': 0.25" in found and "failures_1_one_for_2_two.parquet" in found
+    (tmp_path / "run" / "2_two" / STATUS).unlink()  # as a kill before the second stage began leaves it
+    assert "'below': 0.25" in refused(str(pipeline.path), *again)
 
 
 def test_the_last_visit_counts(tmp_path: Path) -> None:
@@ -338,7 +363,10 @@ def test_the_last_visit_counts(tmp_path: Path) -> None:
         ({}, "none", "'none' is no earlier stage"),
         ({}, {"stage": "one", "rewart": "x"}, "expected a stage's name, or a mapping of stage, reward, below"),
         ({"logging_steps": 5}, "one", "set logging_steps of stage 'one' to 1"),
+        ({"logging_strategy": "epoch"}, "one", "leave logging_strategy: steps"),
         ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, "one", "several rollouts for one step"),
+        ({"generation_batch_size": 8, "gradient_accumulation_steps": 2}, "one", "several rollouts for one step"),
+        ({"eval_strategy": "steps", "eval_steps": 1, "eval_rows": 8}, "one", "set its eval_strategy to no"),
         ({"rewards": ["json_valid", "answer_correct"]}, "one", "say which reward decides"),
     ],
 )
@@ -377,6 +405,15 @@ def test_the_sandbox_report_pairs_the_same_problems(tmp_path: Path) -> None:
     shown = (tmp_path / "run" / "report.md").read_text()
     assert "`2_two` (dpo): report [2_two/report.md](2_two/report.md), weights `models/2_two`" in shown
     assert str(tmp_path) not in shown
+    mark(tmp_path / "run", "running")
+    assert "rows 4 then, 6 now" in refused(path, "--eval.rows", "6")
+    assert "options {} then" in refused(path, "--eval.tasks", "sandbox_json", "--eval.rows", "null")
+    file = tmp_path / "run" / "eval" / "0_start.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"asked": kept["asked"] | {"models": ["a", "a"]}}))
+    assert "models ['a', 'a'] then" in refused(path)
+    file.write_text(json.dumps(kept))
+    assert run_pipeline(load_pipeline(path), resume=True).text == result.text
 
 
 def test_the_harness_between_stages(tmp_path: Path) -> None:
@@ -392,6 +429,11 @@ def test_the_harness_between_stages(tmp_path: Path) -> None:
     change = second["after"]["mean"] - second["before"]["mean"]
     assert second["comparison"]["difference"] == pytest.approx(change)
     assert "2_two           sandbox_json" in result.text
+    mark(tmp_path / "run", "running")
+    assert "'limit': 2" in refused(path, "--eval.limit", "3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evals_cli, "run", _kill)
+        assert run_pipeline(load_pipeline(path), resume=True).text == result.text, "nobody is asked again"
 
 
 @pytest.mark.parametrize("name", ["sandbox_stages", "eva_stages_qwen2.5_3b"])

@@ -31,8 +31,11 @@ def gathered(values):
     return values, slice(None)
 
 
-def labels(logratios, label, step=0, training=True, p=None, metrics=None):
-    """A batch with these log-ratios; `p`: the classifier's probability of each row, through a one-number embedding."""
+def labels(logratios, label, step=0, training=True, p=None, metrics=None, prompts=None):
+    """A batch with these log-ratios; `p`: the classifier's probability of each row, through a one-number embedding.
+
+    `prompts`: which rows have a prompt; all of them by default.
+    """
 
     def embed(rows, encoder):
         assert encoder is None
@@ -40,8 +43,9 @@ def labels(logratios, label, step=0, training=True, p=None, metrics=None):
 
     logps = torch.tensor(logratios, requires_grad=True)
     metrics = metrics or Metrics()
+    has_prompt = torch.tensor(prompts or [True] * len(label))
     return LabelInput(
-        logps, torch.zeros(len(label)), torch.tensor(label), 0.1, step, training, metrics, gathered, embed
+        logps, torch.zeros(len(label)), torch.tensor(label), 0.1, step, training, metrics, gathered, embed, has_prompt
     )
 
 
@@ -158,11 +162,55 @@ def test_a_class_that_is_missing_keeps_its_average():
     only_bad = ([-2.0, -4.0], [False, False])
     run(method, only_bad)  # good ones not seen yet: they count as 0, as at the reference
     close(float(delta_of("class_ema", method.state["shift"], torch.zeros(1))), (0 - 0.3) / 2)
-    assert math.isnan(method.state["shift"]["mean"][1])
+    assert method.state["shift"]["seen"].tolist() == [True, False]
     x = labels([5.0], [True], step=1)
     method.label_loss(x)
     method.observe_labels(x)
     close(method.state["shift"]["mean"].tolist(), [-0.3, 0.5])
+
+
+@pytest.mark.parametrize("shift", ["class_ema", "running_mean"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_enter_no_average_and_are_counted(shift, bad):
+    """The averages are those without such rows, before and after; their losses are not made finite."""
+    clean, hit = Bco(shift=shift), Bco(shift=shift)
+    run(clean, FIRST, SECOND, FIRST)
+    metrics = Metrics()
+    run(hit, FIRST)
+    x = labels([*SECOND[0], bad, bad], [*SECOND[1], True, False], 1, metrics=metrics)
+    losses = hit.label_loss(x)
+    hit.observe_labels(x)
+    assert not losses[4:].isfinite().all() and losses[:4].isfinite().all()
+    run_on = labels(*FIRST, 2, metrics=metrics)
+    hit.label_loss(run_on)
+    hit.observe_labels(run_on)
+    close(hit.state["shift"]["mean"].tolist(), clean.state["shift"]["mean"].tolist())
+    total, count = metrics.totals["rewards_not_finite"].tolist()
+    assert (total, count) == (2, 1), "two rewards, in one micro-batch"
+
+
+def test_a_class_of_nothing_but_nan_is_not_seen():
+    method = Bco()
+    run(method, ([math.nan, -2.0], [True, False]))
+    assert method.state["shift"]["seen"].tolist() == [True, False]
+    close(method.state["shift"]["mean"].tolist(), [-0.2, 0.0])
+
+
+def test_a_second_training_is_not_the_same_step():
+    """`step` is 0 again: the averages move on by one step of their own."""
+    method = Bco()
+    run(method, FIRST)
+    method.start_training()
+    run(method, ([6.0, -2.0], [True, False]))
+    close(method.state["shift"]["mean"].tolist(), [0.9 * 0.1 + 0.1 * -0.2, 0.9 * 0.3 + 0.1 * 0.6])
+
+
+def test_prompts_without_a_token_weigh_one():
+    method = Bco(shift="running_mean", udm=True)
+    method.state["udm"] = COEF
+    x = labels(*SECOND, p=[0.9, 0.2, 0.5, 0.97], prompts=[True, True, False, False])
+    weighed, plain = method.label_loss(x), Bco(shift="running_mean").label_loss(labels(*SECOND))
+    close((weighed / plain).tolist(), [1, 0.5, 1, 1])  # p of rows 2 and 3 is not asked for
 
 
 def test_evaluation_moves_nothing():
@@ -220,9 +268,24 @@ def test_pairs_share_delta_and_sum_their_two_terms():
     close(method.pair_loss(x).tolist(), [0.598139 + 0.554355, 0.693147 + 0.744397])
     method.observe_pairs(x)
     close(method.state["shift"]["mean"].tolist(), [0.1, 0.3])
-    totals = {name: (total / count).item() for name, (total, count) in x.metrics.totals.items()}
+    totals = {name: (total / count).item() for name, (total, count) in x.metrics.totals.items() if count}
     # delta 0.2: of the good rewards 0.4 and 0.2 one is above, of the bad ones -0.1 and 0.3 one is below
     assert totals == pytest.approx({"delta": 0.2, "chosen_above_delta": 0.5, "rejected_below_delta": 0.5}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "other", "message"),
+    [
+        ({"shift": "class_ema"}, {"shift": "running_mean"}, "shift: class_ema, this run has shift: running_mean"),
+        ({"shift": "running_mean"}, {"shift": "none"}, "shift: running_mean, this run has shift: none"),
+        ({"shift": "none"}, {"shift": "class_ema"}, "shift: none, this run has shift: class_ema"),
+    ],
+)
+def test_a_checkpoint_of_another_shift_is_refused(settings, other, message):
+    method = Bco(**settings)
+    run(method, FIRST) if method.shift != "none" else method.label_loss(labels(*FIRST))
+    assert message in Bco(**other).state_problem(method.state)
+    assert Bco(**settings).state_problem(method.state) is None
 
 
 def adapter(lora):
@@ -302,6 +365,60 @@ def test_resume_is_exact(tmp_path, make, settings, lora):
         assert torch.equal(first["udm"]["coef"], second["udm"]["coef"])
 
 
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    """By the trainer, before it trains: another rule for delta, another embedding."""
+    settings = {"loss_type": "bco", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    kto(tmp_path, methods=UDM, callbacks=[StopAt(1)], **settings).train()
+    for other, message in [
+        (
+            {"shift": "running_mean"},
+            "bco: its averages are those of shift: class_ema, this run has shift: running_mean",
+        ),
+        ({"embedding": tiny_path()}, "bco: its prompt classifier was fitted to embedding: reference, this run has"),
+    ]:
+        again = kto(tmp_path, methods={"bco": UDM["bco"] | other}, **settings)
+        with pytest.raises(checkpoints.CheckpointError, match=message):
+            again.train(resume_from_checkpoint=True)
+
+
+def test_training_twice_goes_on_from_the_averages(tmp_path):
+    """A second `train` starts at step 0 again, and its first batch is a step of its own."""
+    trainer = kto(tmp_path, methods="bco", max_steps=1, learning_rate=0.0)
+    shaken(trainer).train()
+    first = dict(trainer.plan.methods[0].state["shift"])
+    trainer.train()
+    second = trainer.plan.methods[0].state["shift"]
+    assert second["step"] == 0 and torch.equal(second["before"], first["mean"])
+    assert torch.equal(second["count"], first["count"]), "the counts of one batch, not of two"
+
+
+def test_evaluation_before_training_changes_no_state(tmp_path):
+    """Without a classifier every w is 1, and it is said: the loss is that without UDM. Training fits it then."""
+    trainer = shaken(kto(tmp_path, methods=UDM, max_steps=1))
+    with pytest.warns(UserWarning, match="bco: evaluated before training, without a prompt classifier: every w is 1"):
+        found = trainer.evaluate(labelled(5))
+    assert trainer.plan.methods[0].state == {}
+    plain = shaken(kto(tmp_path, methods="bco", max_steps=1)).evaluate(labelled(5))
+    assert found["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6) and "eval_kl" not in found
+    trainer.train()
+    assert "udm" in trainer.plan.methods[0].state
+
+
+def test_rows_without_a_prompt_train(tmp_path):
+    """They are left out of the draw; the classifier is that of the other rows."""
+    data = labelled()
+    empty = data.map(lambda row, i: {"prompt": "" if i in (0, 2) else row["prompt"]}, with_indices=True)
+    trainer = kto(tmp_path, data=empty, methods={"bco": {"udm": True, "prompt_sample_size": 12}}, max_steps=1)
+    trainer.train()
+    assert trainer.train_dataset["prompt_ids"][0] == [] and math.isfinite(trainer.state.log_history[0]["loss"])
+    kept = kto(tmp_path, data=data.select([1, *range(3, 12)]), methods=UDM)
+    found, label = trainer.plan.methods[0].state["udm"], torch.tensor(kept.train_dataset["label"][:]).bool()
+    from trl_ext.methods.dpo.bco import fit_classifier
+
+    expected = fit_classifier(kept._embed_rows(torch.arange(10), None), label)
+    torch.testing.assert_close(found["coef"], expected["coef"], atol=1e-3, rtol=1e-3)
+
+
 def test_what_a_user_sees(tmp_path):
     trainer = kto(tmp_path, methods=UDM, eval_strategy="steps", eval_steps=1, max_steps=3, beta=0.5)
     trainer.train()
@@ -311,6 +428,7 @@ def test_what_a_user_sees(tmp_path):
     for entry in steps:
         assert {key.removeprefix("bco/") for key in entry if key.startswith("bco/")} == expected
         assert {"rewards/chosen", "rewards/rejected", "rewards/margins"} <= entry.keys()
+        assert "kl" not in entry, "TRL's estimate is not made for another loss"
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 3 and not any("bco" in key for entry in evaluations for key in entry)
     # delta by hand from TRL's own means of the classes: three batches of four rows, one thumbs down or two in each
@@ -373,7 +491,8 @@ def test_the_classifier_finds_prompts_that_look_desirable(tmp_path):
     p = torch.sigmoid(embedded @ found["coef"] + found["intercept"])
     assert p[0] > 0.5 > p[1:].max()
     # A second loss fits nothing anew, and a state that came from a checkpoint stays
-    again = LabelSet(torch.tensor([True, False]), 0, lambda rows, encoder: 1 / 0)
+    both = torch.tensor([True, True])
+    again = LabelSet(torch.tensor([True, False]), both, 0, lambda rows, encoder: 1 / 0)
     method.start_labels(again)
     checkpoints.save(tmp_path / "state.pt", {"state": method.state})
     loaded = checkpoints.load(tmp_path / "state.pt")["state"]["udm"]
@@ -421,9 +540,9 @@ def test_a_sentence_encoder_of_the_users(tmp_path):
     torch.testing.assert_close(
         own.plan.methods[0].state["udm"]["coef"], theirs.plan.methods[0].state["udm"]["coef"], atol=1e-3, rtol=1e-3
     )
-    missing = kto(tmp_path, methods={"bco": {"udm": True, "embedding": str(tmp_path / "none")}})
-    with pytest.raises(PlanError, match="embedding: cannot load a sentence encoder from"):
-        missing.train()
+    assert tiny_path() in theirs.plan.methods[0].cost() and set(theirs._encoders) == {tiny_path()}
+    with pytest.raises(PlanError, match="bco: embedding: cannot load a sentence encoder from"):
+        kto(tmp_path, methods={"bco": {"udm": True, "embedding": str(tmp_path / "none")}})
 
 
 def test_one_class_alone_is_refused(tmp_path):
@@ -445,6 +564,17 @@ def test_one_class_alone_is_refused(tmp_path):
 def test_settings_that_do_nothing_are_refused(settings, message):
     with pytest.raises(PlanError, match=message):
         make_plan({"bco": settings}, "kto", Setup(None))
+
+
+def test_a_reference_that_moves_is_refused(tmp_path):
+    def config(**settings):
+        return KTOConfig(**dpo_args(str(tmp_path), methods={"bco": settings}, loss_type="bco", sync_ref_model=True))
+
+    with pytest.raises(
+        PlanError, match=r"bco: sync_ref_model moves the reference.*set sync_ref_model: false, or name"
+    ):
+        config(udm=True)
+    assert config(udm=True, embedding=tiny_path()).sync_ref_model and config().sync_ref_model
 
 
 def test_udm_is_refused_for_pairs(tmp_path):

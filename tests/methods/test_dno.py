@@ -9,12 +9,13 @@ import torch
 import trl
 from peft import LoraConfig
 from torch.nn.functional import logsigmoid
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+from tests.test_dpo_methods import shaken
 from tests.tiny import assert_equal, dpo_args, pairs, tiny_path, tiny_tokenizer, weights
-from trl_ext.dpo import DPOConfig, DPOTrainer
+from trl_ext.dpo import DPOConfig, DPOTrainer, _WithColumns
 from trl_ext.methods.dpo.dno import Dno, soft_label, soft_loss
-from trl_ext.plan import PlanError
+from trl_ext.plan import PlanError, make_plan
 
 REWARDS = torch.tensor([2.3, 1.5, 1.45, 0.75]) / 3
 RATIOS = torch.tensor([0.4, 0.1, -0.2, -0.5])  # log(pi / pi_t)
@@ -119,13 +120,13 @@ def test_hard_labels_are_sigmoid_bit_for_bit(tmp_path, extra):
         }
 
 
-@EXTRA
-def test_sure_labels_are_sigmoid(tmp_path, extra):
-    """sigmoid(40) is 1 in float32: the neutral label."""
-    ours = trained(tmp_path / "ours", margin=40.0, **SOFT, **extra)
-    theirs = trained(tmp_path / "theirs", trl.DPOTrainer, trl.DPOConfig, loss_type="sigmoid", **extra)
-    for name, value in weights(theirs).items():
-        torch.testing.assert_close(weights(ours)[name], value, rtol=1e-5, atol=1e-6)
+def test_sure_labels_are_sigmoid():
+    """At z = 1, which no margin reaches with c = 1: the hard loss and its gradient, bit for bit."""
+    ours = torch.linspace(-8, 8, 33, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    soft, hard = soft_loss(ours, torch.ones(33)), -logsigmoid(theirs)
+    soft.sum().backward(), hard.sum().backward()
+    assert torch.equal(soft, hard) and torch.equal(ours.grad, theirs.grad)
 
 
 @EXTRA
@@ -196,9 +197,60 @@ def test_resume_is_exact(tmp_path):
 
 
 def test_evaluation_has_the_column_too(tmp_path):
-    trainer = trained(tmp_path, evaluation=data(n=5), eval_strategy="steps", eval_steps=1, **SOFT)
-    found = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
-    assert len(found) == 3 and all(math.isfinite(value) for value in found)
+    """eval_loss by hand: one pair with its margin at a time, through the model alone."""
+    margins = [0.8, -0.4]
+    rows = pairs(2).add_column("win_margin", margins)
+    trainer = shaken(make(tmp_path, evaluation=rows, **SOFT))
+    found = trainer.evaluate()["eval_loss"]
+    stock = AutoModelForCausalLM.from_pretrained(tiny_path())
+
+    def log_prob(model, row, side):
+        ids = (row["prompt_ids"] + row[f"{side}_ids"])[:16]  # max_length
+        logps = model(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
+        return sum(float(logps[t - 1, ids[t]]) for t in range(len(row["prompt_ids"]), len(ids)))
+
+    losses = []
+    for row, margin in zip(trainer.eval_dataset, margins, strict=True):
+        good, bad = (log_prob(trainer.model, row, s) - log_prob(stock, row, s) for s in ("chosen", "rejected"))
+        z, d = 1 / (1 + math.exp(-margin)), 0.2 * (good - bad)
+        losses.append(z * math.log1p(math.exp(-d)) + (1 - z) * math.log1p(math.exp(d)))
+    assert abs(losses[0] - losses[1]) > 1e-3 and found == pytest.approx(sum(losses) / 2, abs=1e-5)
+
+
+def test_evaluation_on_other_data_names_its_missing_column(tmp_path):
+    with pytest.raises(
+        PlanError, match="dno: reads the column 'win_margin', the data set has: prompt, chosen, rejected"
+    ):
+        make(tmp_path, **SOFT).evaluate(pairs(4))
+
+
+@pytest.mark.parametrize("value", [1.5, -40.0, math.nan, None])
+@pytest.mark.parametrize("stream", [False, True])
+def test_margins_out_of_range_are_named(tmp_path, stream, value):
+    """By the row of the data set, before the model is loaded; of a stream when the row comes in."""
+    margins = [0.0, 1.0, value, -1.0]
+    rows = pairs(4).add_column("win_margin", margins)
+    message = r"dno: column 'win_margin', row 2 \(from 0\): .* is not a finite number in \[-1, 1\]; mend or leave out"
+    if stream:
+        collate = _WithColumns(dict, ("win_margin",), make_plan(SOFT["methods"], "dpo"))
+        with pytest.raises(PlanError, match=message):
+            collate(list(rows))
+        return
+    with pytest.raises(PlanError, match=message):
+        DPOTrainer("no such model", args=DPOConfig(**dpo_args(str(tmp_path), **SOFT)), train_dataset=rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reader"), [("label_smoothing", 0.1, "robust"), ("discopop_tau", 0.2, "discopop")]
+)
+def test_settings_that_no_loss_reads_are_refused(tmp_path, key, value, reader):
+    def config(*losses):
+        return DPOConfig(**dpo_args(str(tmp_path), methods="dno", loss_type=list(losses), **{key: value}))
+
+    for losses in (["dno"], ["dno", "sigmoid"]):
+        with pytest.raises(PlanError, match=f"dno: {key}: {value} reaches none of loss_type; leave it at .*{reader}"):
+            config(*losses)
+    assert getattr(config("dno", reader), key) == value
 
 
 @pytest.mark.parametrize("what", ["train", "evaluation"])

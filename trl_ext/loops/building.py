@@ -5,9 +5,10 @@ Rows are plain JSON values, as the files of a round hold them (`trl_ext.loops.ro
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,32 +16,69 @@ import torch
 from trl_ext.data_sources import DataError
 from trl_ext.loops.iterative_settings import Iterative
 from trl_ext.loops.labels import balance, labels_from_scores, with_replay
-from trl_ext.loops.pairs import TYPES, chosen_pairs, losing, repeats, replayed, self_play_rewards
+from trl_ext.loops.pairs import TYPES, chosen_pairs, contradicted, losing, repeats, replayed, self_play_rewards
 from trl_ext.loops.sampling import Sample
 from trl_ext.loops.scorers import Judged, Reply, Scorer
+from trl_ext.plan import did_you_mean
 
 Row = Mapping[str, Any]
 Line = dict[str, Any]
 
 
-def splits(rows: int, loop: Iterative, seed: int) -> tuple[list[int], list[list[int]]]:
-    """Numbers of the held-out prompts and of each round's, none of them twice. DataError when there are too few."""
-    order = list(range(rows))
+def distinct(prompts: Iterable[Any]) -> list[int]:
+    """Numbers of the prompts that did not come before: a duplicate could be held out and trained on."""
+    first: dict[str, int] = {}
+    for number, prompt in enumerate(prompts):
+        first.setdefault(json.dumps(prompt, sort_keys=True), number)
+    return list(first.values())
+
+
+def splits(rows: Sequence[int], loop: Iterative, seed: int) -> tuple[list[int], list[list[int]]]:
+    """Of these numbers of rows the held-out ones and each round's, none of them twice. DataError when there are too few."""
+    order = list(rows)
     random.Random(f"prompts/{seed}").shuffle(order)
-    size = loop.prompts_per_round or (rows - loop.eval_prompts) // loop.rounds
+    size = loop.prompts_per_round or (len(order) - loop.eval_prompts) // loop.rounds
     needed = loop.eval_prompts + loop.rounds * max(size, 1)
-    if needed > rows:
+    if needed > len(order):
         raise DataError(
             f"{loop.rounds} rounds x {max(size, 1)} prompts + {loop.eval_prompts} held-out ones take {needed} prompts, the "
-            f"data set has {rows}; lower prompts_per_round, rounds or eval_prompts"
+            f"data set has {len(order)} different ones; lower prompts_per_round, rounds or eval_prompts"
         )
     starts = [loop.eval_prompts + size * number for number in range(loop.rounds)]
     return order[: loop.eval_prompts], [order[start : start + size] for start in starts]
 
 
-def replies_of(line: Line, tokenizer: Any) -> list[Reply]:
-    """The replies of a sampled prompt; the teacher's, if there is one, is the first."""
-    own = [Reply(sample["text"], tuple(sample["tokens"])) for sample in line["replies"]]
+def check_teachers(rows: Any, column: str | None) -> None:
+    """DataError when there is no such column, or a row has what is neither a reply nor null in it."""
+    if column is None:
+        return
+    if column not in rows.column_names:
+        near = did_you_mean(column, rows.column_names)
+        raise DataError(
+            f"loop: iterative: teacher_column: there is no column '{column}'{near}; the data set has: "
+            f"{', '.join(rows.column_names)}"
+        )
+    for number, reply in enumerate(rows[column]):
+        if not (reply is None or isinstance(reply, str) or (isinstance(reply, list) and all(map(_is_turn, reply)))):
+            raise DataError(
+                f"loop: iterative: teacher_column: row {number} of '{column}' has {reply!r}; expected a text, a list of "
+                "turns whose last one is the reply, or null for no reply"
+            )
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and isinstance(turn.get("content"), str)
+
+
+def teacher_of(row: Row, column: str | None) -> str | None:
+    """A teacher's reply as text: the text itself, or the content of its last turn. None without a reply."""
+    reply = None if column is None else row[column]
+    return reply if reply is None or isinstance(reply, str) else reply[-1]["content"] if reply else None
+
+
+def replies_of(line: Line, tokenizer: Any, share: float | None) -> list[Reply]:
+    """The replies of a sampled prompt, `negative` by `share`; the teacher's, if there is one, is the first."""
+    own = [Reply(s["text"], tuple(s["tokens"]), negative(s, share)) for s in line["replies"]]
     teacher = line["teacher"]
     return own if teacher is None else [Reply(teacher, tuple(tokenizer(teacher)["input_ids"])), *own]
 
@@ -54,20 +92,20 @@ def verdicts(
     rows: Sequence[Row], lines: Sequence[Line], scorer: Scorer, loop: Iterative, tokenizer: Any
 ) -> list[Line]:
     """The scorer's verdict on each prompt's replies, with the automatic negatives put in."""
-    found = scorer.judge(rows, [replies_of(line, tokenizer) for line in lines])
-    return [_verdict(line, one, scorer, loop) for line, one in zip(lines, found, strict=True)]
+    replies = [replies_of(line, tokenizer, loop.repeat_share) for line in lines]
+    found = scorer.judge(rows, replies)
+    return [_verdict(*each, scorer) for each in zip(lines, replies, found, strict=True)]
 
 
-def _verdict(line: Line, judged: Judged, scorer: Scorer, loop: Iterative) -> Line:
-    bad = [negative(sample, loop.repeat_share) for sample in line["replies"]]
-    bad = bad if line["teacher"] is None else [False, *bad]
+def _verdict(line: Line, replies: Sequence[Reply], judged: Judged, scorer: Scorer) -> Line:
+    bad = [reply.negative for reply in replies]
     wins = losing(judged.wins, bad)
     return {
         **{key: line[key] for key in ("round", "prompt", "sampler")},
         "scorer": scorer.name,
         "scores": judged.scores,
         "wins": wins.tolist(),
-        "rewards": self_play_rewards(wins).tolist() if len(wins) > 1 else [0.5],
+        "rewards": self_play_rewards(wins).tolist() if len(wins) > 1 else [None],  # a reply alone
         "negatives": bad,
         "unread": judged.unread,
     }
@@ -77,12 +115,8 @@ def pair_lines(rows: Sequence[Row], lines: Sequence[Line], scored: Sequence[Line
     """The pairs of a round, each with its prompt, margin, type and origin."""
     found = []
     for row, line, verdict in zip(rows, lines, scored, strict=True):
-        texts, teacher = _texts(line), None if line["teacher"] is None else 0
-        scores = verdict["scores"]
-        if scores is not None:  # an automatic negative is below every score
-            scores = [-math.inf if bad else s for s, bad in zip(scores, verdict["negatives"], strict=True)]
-        wins = torch.tensor(verdict["wins"], dtype=torch.float64)
-        for pair in chosen_pairs(loop.pairs, scores, wins, teacher, loop.rubric):
+        texts = _texts(line)
+        for pair in chosen_pairs(*_case(line, verdict, loop)) if len(texts) > 1 else []:
             found.append(
                 {
                     **_prompt(row),
@@ -95,6 +129,21 @@ def pair_lines(rows: Sequence[Row], lines: Sequence[Line], scored: Sequence[Line
                 }
             )
     return found
+
+
+def contradictions(lines: Sequence[Line], scored: Sequence[Line], loop: Iterative) -> int:
+    """How many pairs a round leaves out since win rates do not say what scores say."""
+    cases = [(line, verdict) for line, verdict in zip(lines, scored, strict=True) if len(verdict["wins"]) > 1]
+    return sum(contradicted(*_case(line, verdict, loop)) for line, verdict in cases)
+
+
+def _case(line: Line, verdict: Line, loop: Iterative) -> tuple[Any, ...]:
+    """What `chosen_pairs` takes. An automatic negative is below every score."""
+    scores = verdict["scores"]
+    if scores is not None:
+        scores = [-math.inf if bad else s for s, bad in zip(scores, verdict["negatives"], strict=True)]
+    teacher = None if line["teacher"] is None else 0
+    return loop.pairs, scores, torch.tensor(verdict["wins"], dtype=torch.float64), teacher, loop.rubric
 
 
 def label_lines(rows: Sequence[Row], lines: Sequence[Line], scored: Sequence[Line], loop: Iterative) -> list[Line]:
@@ -130,7 +179,10 @@ def check_lines(rows: Sequence[Line], number: int, kto: bool) -> None:
             if kto
             else "lower min_positive_score or the margins, sample more replies, or set pairs: all"
         )
-        raise DataError(f"round {number}: no {'labelled reply' if kto else 'pair'} came out of its samples; {hint}")
+        raise DataError(
+            f"round {number}: no {'labelled reply' if kto else 'pair'} came out of its samples; {hint}. The settings of a "
+            "run that was begun cannot change: start a new run (without --resume)"
+        )
 
 
 def columns(rows: Sequence[Line], kto: bool) -> list[Line]:
@@ -173,13 +225,14 @@ def sample_numbers(lines: Sequence[Line], scored: Sequence[Line]) -> dict[str, f
     samples = [sample for line in lines for sample in line["replies"]]
     bad = [flag for line, verdict in zip(lines, scored, strict=True) for flag in verdict["negatives"]]
     scores = [s for verdict in scored for s in verdict["scores"] or [] if s is not None]
+    missing = sum(s is None for verdict in scored for s in verdict["scores"] or [])
     numbers = {
         "length": sum(len(sample["tokens"]) for sample in samples) / len(samples),
         "cut": sum(sample["cut"] for sample in samples) / len(samples),
         "negatives": sum(bad) / len(bad),
         "unread": float(sum(verdict["unread"] for verdict in scored)),
     }
-    return numbers | ({"score": sum(scores) / len(scores)} if scores else {})
+    return numbers | ({"score": sum(scores) / len(scores), "unscored": float(missing)} if scores else {})
 
 
 def _texts(line: Line) -> list[str]:

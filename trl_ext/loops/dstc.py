@@ -22,8 +22,19 @@ from dataclasses import dataclass
 Matrix = Sequence[Sequence[int]]
 """R (J, K) of 0 and 1."""
 _FENCE = re.compile(r"^(`{3,}|~{3,})[^\n`]*\n(.*?)^\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
+_BINDING: dict[type[ast.AST], str] = {
+    ast.FunctionDef: "name",
+    ast.AsyncFunctionDef: "name",
+    ast.ClassDef: "name",
+    ast.arg: "arg",
+    ast.ExceptHandler: "name",
+    ast.MatchAs: "name",
+    ast.MatchStar: "name",
+    ast.MatchMapping: "rest",
+}
+"""Nodes that define a name, and the attribute that holds it; names that are assigned and imports come on top."""
 _MAX_TEXT = 20_000
-_MAX_DEPTH_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
+PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What Python's parser raises for texts: a null byte is a ValueError, deep nesting a RecursionError or a MemoryError."""
 
 
@@ -53,17 +64,25 @@ def parsed(text: str) -> ast.Module | None:
         return None
     try:
         return ast.parse(text)
-    except _MAX_DEPTH_ERRORS:
+    except PARSE_ERRORS:
         return None
 
 
 def calls(tree: ast.Module, entry_point: str) -> bool:
-    """Whether the entry point is called by its name, and that name is not defined anew."""
+    """Whether the entry point is called by its name, and nothing in the text gives that name to anything else."""
     nodes = list(ast.walk(tree))
-    defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
-    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    return entry_point in called and entry_point not in defined | stored
+    return entry_point in called and entry_point not in {_bound(n) for n in nodes}
+
+
+def _bound(node: ast.AST) -> str | None:
+    """The name that a node gives a new meaning, if it does."""
+    if isinstance(node, ast.alias):
+        return (node.asname or node.name).partition(".")[0]
+    if isinstance(node, ast.Name):
+        return None if isinstance(node.ctx, ast.Load) else node.id
+    attribute = next((name for kind, name in _BINDING.items() if isinstance(node, kind)), None)
+    return getattr(node, attribute) if attribute else None
 
 
 def kept(replies: Sequence[str], entry_point: str | None = None) -> tuple[list[str], dict[str, int]]:
@@ -155,8 +174,14 @@ def select(results: Matrix, how: str = "minimax", require_gap: bool = True, seed
 
 def completion(code: str, test: str | None) -> str:
     """The text that is trained on: the code's block, an empty line and the test's, or the code's alone."""
-    blocks = [f"```python\n{text}\n```" for text in (code, test) if text is not None]
-    return "\n\n".join(blocks)
+    return "\n\n".join(_fenced(text) for text in (code, test) if text is not None)
+
+
+def _fenced(text: str) -> str:
+    """A block whose fence is longer than every run of backticks in it, so that none of them ends it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}python\n{text}\n{fence}"
 
 
 def pair_texts(codes: Sequence[str], tests: Sequence[str], chosen: Selection, concat: bool) -> tuple[str, str]:

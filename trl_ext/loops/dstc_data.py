@@ -24,11 +24,13 @@ from trl_ext.data_sources import DataError
 from trl_ext.executor import Executor, Job
 from trl_ext.loops import dstc
 from trl_ext.loops.dstc_settings import Dstc
-from trl_ext.loops.round_files import ROUNDS, RoundFolder, check_settings
+from trl_ext.loops.round_files import ROUNDS, RoundFolder, check_settings, digest
 from trl_ext.loops.sampling import Drawing, Sampler
 
 Line = dict[str, Any]
 Row = Mapping[str, Any]
+HOW = ("executor", "at_once", "vllm_server_base_url")
+"""Settings that say how the data are made, not which: a resumed run may change them."""
 
 
 def build(
@@ -39,7 +41,7 @@ def build(
     Raises DataError when a row has no entry point or no pair comes out, CheckpointError for another build in `folder`.
     """
     rows = named(rows, loop.entry_point)
-    check_settings(folder, _settings(loop, seed, model, len(rows)))
+    check_settings(folder, _settings(loop, seed, model, rows))
     place, found, judged = Path(folder) / ROUNDS / loop.name, [], []
     size = max(1, loop.generation_batch_size // max(loop.num_codes, loop.num_tests))
     for number, start in enumerate(range(0, len(rows), size)):
@@ -56,8 +58,10 @@ def build(
     return found
 
 
-def _settings(loop: Dstc, seed: int, model: str, rows: int) -> dict[str, Any]:
-    return dataclasses.asdict(loop) | {"loop": loop.name, "seed": seed, "model": model, "rows": rows}
+def _settings(loop: Dstc, seed: int, model: str, rows: Sequence[Row]) -> dict[str, Any]:
+    kept = {key: value for key, value in dataclasses.asdict(loop).items() if key not in HOW}
+    data = digest([row["prompt"], row["entry_point"]] for row in rows)
+    return kept | {"loop": loop.name, "seed": seed, "model": model, "rows": len(rows), "data": data}
 
 
 def named(rows: Sequence[Row], entry_point: str | None) -> list[Row]:
@@ -133,7 +137,7 @@ def selected(rows: Sequence[Row], results: Sequence[Line], loop: Dstc, seed: str
 
 
 def _selected(row: Row, line: Line, loop: Dstc, seed: str) -> Line:
-    kept = {"index": line["index"], "prompt": asked(row, loop.code_prompt), "how": loop.selection}
+    kept = {"index": line["index"], "prompt": asked(row, loop.train_prompt), "how": loop.selection}
     results = line["results"] if line["tests"] else [[] for _ in line["codes"]]
     try:
         found = dstc.select(results, loop.selection, loop.require_gap, seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from trl import get_quantization_config
 
 from trl_ext.build import build_trainer, model_init_kwargs
 from trl_ext.data import Data
@@ -15,6 +16,7 @@ from trl_ext.executor import NoIsolation, make_executor
 from trl_ext.loops import dstc_data
 from trl_ext.loops.dstc_settings import Dstc
 from trl_ext.loops.sampling import Sampler, TransformersSampler, VllmSampler, vllm_client
+from trl_ext.quantized import keep_trainable
 from trl_ext.recipe import Recipe, RecipeError
 
 
@@ -55,11 +57,19 @@ class _Late:
 
     def _make(self) -> Sampler:
         device = self.recipe.training_args.device
-        model: Any = AutoModelForCausalLM.from_pretrained(self.model, **model_init_kwargs(self.recipe))
-        model = model.to(device).eval()
+        model = self._loaded(device).eval()
         if self.loop.vllm_server_base_url is None:
             return TransformersSampler(model, self.tokenizer)
         return VllmSampler(model, self.tokenizer, vllm_client(self.loop.vllm_server_base_url, device))
+
+    def _loaded(self, device: Any) -> Any:
+        """The model that training starts with, packed if it is packed there."""
+        init = model_init_kwargs(self.recipe)
+        quantization = get_quantization_config(self.recipe.model_args)
+        if quantization is None:
+            return AutoModelForCausalLM.from_pretrained(self.model, **init).to(device)
+        init |= {"quantization_config": quantization, "device_map": {"": device}}
+        return keep_trainable(AutoModelForCausalLM.from_pretrained(self.model, **init))
 
     def drop(self) -> None:
         """Room for the trainer's model."""

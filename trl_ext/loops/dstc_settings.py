@@ -33,6 +33,9 @@ class Dstc:
     Pairs are made once, before training, from the model that training starts with. The data set gives instructions
     (`prompt`) and, unless all get the same, the name of the function that solves each (`entry_point`). What the model wrote is run, and only in a
     sandbox that was tried out: `executor` is off until the recipe names one.
+
+    The card's `dstc_mask_tests` (test tokens out of the log-probability sum) is not here: TRL's DPO and KTO tell prompt
+    from completion and nothing finer, and `concat: false` leaves the tests out altogether.
     """
 
     name: ClassVar[str] = "dstc"
@@ -40,6 +43,7 @@ class Dstc:
     paper: ClassVar[str] = "2411.13611"
     trainers: ClassVar[tuple[str, ...]] = ("dpo", "kto")
     makes_data: ClassVar[bool] = True
+    in_rounds: ClassVar[bool] = False
 
     executor: str = param(
         OFF,
@@ -51,7 +55,7 @@ class Dstc:
         None, "name that every prompt gives the function; none: the column `entry_point`", source="ours"
     )
     num_codes: int = param(10, "J, codes for each instruction", source="card: recommended", ge=2)
-    num_tests: int = param(10, "K, tests for each instruction", source="card: recommended", ge=1)
+    num_tests: int = param(10, "K, tests for each instruction", source="card: recommended", ge=2)
     concat: bool = param(True, "train on code and test; false: on codes alone", source="card: paper")
     selection: str = param(
         "minimax", "how a pair is chosen", source="card: paper; others are ablations", choices=tuple(SELECTIONS)
@@ -77,6 +81,11 @@ class Dstc:
     )
     code_prompt: str = param(CODE_PROMPT, "asks for a code; {prompt} and {entry_point} are put in", source="ours")
     test_prompt: str = param(TEST_PROMPT, "asks for a test of the same function", source="card: same entry point")
+    train_prompt: str = param(
+        "{prompt}",
+        "what the pair is a completion of; {prompt} is put in, and {entry_point} where the prompts do not name it",
+        source="card: prompt = x, which asks for no particular form",
+    )
 
     @property
     def limits(self) -> Limits:
@@ -98,8 +107,9 @@ class Dstc:
             "runs in one process: start it without accelerate or torchrun": args.world_size > 1,
         }
         found = [message for message, wrong in rules.items() if wrong]
-        for key in ("code_prompt", "test_prompt"):
-            found += [f"{key}: {problem}" for problem in _template_problems(getattr(self, key))]
+        both = ("prompt", "entry_point")
+        for key, needed in {"code_prompt": both, "test_prompt": both, "train_prompt": ("prompt",)}.items():
+            found += [f"{key}: {problem}" for problem in _template_problems(getattr(self, key), needed)]
         return found
 
     def describe(self, args: Any) -> str:
@@ -113,12 +123,12 @@ class Dstc:
         )
 
 
-def _template_problems(template: str) -> list[str]:
+def _template_problems(template: str, needed: Sequence[str]) -> list[str]:
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
         return [f"{error}; write {{{{ and }}}} for literal braces"]
-    missing = [name for name in ("prompt", "entry_point") if name not in fields]
+    missing = [name for name in needed if name not in fields]
     return [f"it has no {{{name}}}" for name in missing] + [
         f"unknown field {{{name}}} (it has: {{prompt}}, {{entry_point}})"
         for name in fields - {"prompt", "entry_point"}

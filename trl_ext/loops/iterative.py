@@ -32,15 +32,33 @@ from trl_ext.checkpoints import last_whole
 from trl_ext.data import Data
 from trl_ext.loops import building
 from trl_ext.loops.iterative_settings import Iterative
-from trl_ext.loops.policies import Policies
+from trl_ext.loops.policies import Policies, hub_base
 from trl_ext.loops.round_facade import LooksLikeATrainer
-from trl_ext.loops.round_files import ROUNDS, RoundFolder, check_settings, folder_of, write_folder
+from trl_ext.loops.round_files import (
+    ROUNDS,
+    RoundFolder,
+    check_settings,
+    compare_settings,
+    digest,
+    folder_of,
+    write_folder,
+)
 from trl_ext.loops.round_log import Relay, RoundLog
+from trl_ext.loops.sampling import kl_of_samples
 from trl_ext.loops.scorers import Scorer, make_scorer
 from trl_ext.recipe import Recipe, RecipeError
-from trl_ext.report import quiet
+from trl_ext.report import files, quiet
 
 Line = dict[str, Any]
+FREE = (
+    *("output_dir", "run_name", "logging_", "log_", "report_to", "disable_tqdm", "project", "trackio_"),
+    *("resume_from_checkpoint", "save_", "push_to_hub", "hub_"),
+    *(
+        f"loop.iterative.scorer.judge.{key}"
+        for key in ("max_unread", "timeout", "retries", "concurrency", "backoff", "api_key_env")
+    ),
+)
+"""How keys begin that cannot change what the rounds give, so that a run that is resumed may have others."""
 PART = 512
 """Prompts that are sampled before they are written."""
 
@@ -49,12 +67,18 @@ class IterativeTrainer(LooksLikeATrainer):
     """Looks like a trainer to `trl_ext.run`: `train()` plays all rounds, `model` is the policy in memory."""
 
     def __init__(self, recipe: Recipe, model: str, tokenizer: Any, data: Data) -> None:
-        """Raises DataError for too few prompts, RecipeError for a scorer that cannot be made."""
+        """Raises DataError for too few prompts or teachers that cannot be read, RecipeError for a scorer that cannot be
+        made, CheckpointError as `train`."""
         assert isinstance(recipe.loop, Iterative)
         self.recipe, self.loop, self.args, self.plan = recipe, recipe.loop, recipe.training_args, recipe.plan
         self.args.model_init_kwargs = model_init_kwargs(recipe)
         self.processing_class, self.base, self.rows = tokenizer, model, data.train
-        self.held_out, self.splits = building.splits(len(data.train), self.loop, self.args.seed)
+        self.deciding = _deciding(recipe, model, data.train)
+        compare_settings(self.args.output_dir, self.deciding)
+        building.check_teachers(data.train, self.loop.teacher_column)
+        prompts = building.distinct(data.train["prompt"])
+        self.duplicates = len(data.train) - len(prompts)
+        self.held_out, self.splits = building.splits(prompts, self.loop, self.args.seed)
         self.scorer = self._scorer()
         self.kto = recipe.trainer == "kto"
         self.policies = Policies(self.args, self.loop, tokenizer)
@@ -81,20 +105,15 @@ class IterativeTrainer(LooksLikeATrainer):
 
         Raises CheckpointError when the rounds on disk were made with other settings, DataError for a round without data.
         """
-        check_settings(self.args.output_dir, self._settings())
+        check_settings(self.args.output_dir, self.deciding)
         self.log.begin([folder_of(self.args.output_dir, n) for n in range(1, self.loop.rounds + 1)])
+        if self.duplicates:
+            self.log.say(f"{self.duplicates} rows are left out: their prompts came before in the data set")
         for number in range(1, self.loop.rounds + 1):
             if not folder_of(self.args.output_dir, number).done:
                 self._round(number)
         self.policies.use(self._policy(self._kept()))
         self.log.end()
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides the rounds: a folder that was made with others does not belong to this run."""
-        resolved = self.recipe.resolved()
-        keys = ["loop", "methods", "loss_type", "rewards", "learning_rate", "seed", "beta"]
-        keys += ["max_steps", "num_train_epochs"]
-        return {key: resolved.get(key) for key in keys} | {"model": self.base, "prompts": len(self.rows)}
 
     def _round(self, number: int) -> None:
         folder = folder_of(self.args.output_dir, number)
@@ -105,7 +124,6 @@ class IterativeTrainer(LooksLikeATrainer):
             "scores", lambda: building.verdicts(rows, lines, self.scorer, self.loop, self.processing_class)
         )
         chosen = folder.lines("train", lambda: self._training_lines(number, rows, lines, scored))
-        building.check_lines(chosen, number, self.kto)
         if folder.policy.exists():
             self.log.replay(folder)
         else:
@@ -152,7 +170,7 @@ class IterativeTrainer(LooksLikeATrainer):
         found = self.policies.sample(start, rows, self.loop.num_samples, seed)
         return [
             {"round": number, "prompt": index, "sampler": self._named(start), "seed": seed, "replies": replies}
-            | {"teacher": None if column is None else _text(row[column])}
+            | {"teacher": building.teacher_of(row, column)}
             for index, row, replies in zip(indices, rows, found, strict=True)
         ]
 
@@ -165,7 +183,9 @@ class IterativeTrainer(LooksLikeATrainer):
             before = folder_of(self.args.output_dir, n).read_lines("train")
             earlier.append([line for line in before if line["round"] == n])
         new = make(rows, lines, scored, self.loop)
-        return building.training_lines(new, earlier, self.loop, self.kto, f"{self.args.seed}/train {number}")
+        found = building.training_lines(new, earlier, self.loop, self.kto, f"{self.args.seed}/train {number}")
+        building.check_lines(found, number, self.kto)  # before it is written, where it could not be made again
+        return found
 
     def _train(self, number: int, folder: RoundFolder, chosen: list[Line]) -> None:
         """One call of the recipe's trainer, from the round's start; the trained weights become `policy/`."""
@@ -192,7 +212,14 @@ class IterativeTrainer(LooksLikeATrainer):
             return
         adapter, precision = str(folder.train / "adapter"), str(model.get_base_model().dtype).removeprefix("torch.")
         trainer.save_model(adapter)
-        merging.merge_adapter(adapter, str(folder.policy), base=start, precision=precision)
+        base = (hub_base(self.recipe) if start == self.base else None) or start
+
+        def merge(part: str) -> None:
+            merged = merging.merge_adapter(adapter, part, base=base, precision=precision)
+            told = [line for line in merged.text().splitlines() if line.startswith("Warning: ")]
+            files.write_json(folder.path / "merge.json", [line.removeprefix("Warning: ") for line in told])
+
+        write_folder(folder.policy, merge)
 
     def _extrapolate(self, number: int, folder: RoundFolder) -> None:
         """`anchor/`: the weights of this round pushed on along the change since the round before."""
@@ -208,19 +235,32 @@ class IterativeTrainer(LooksLikeATrainer):
         """The round's numbers, and what it has to warn of."""
         rows = [self.rows[i] for i in self.held_out]
         found = [self._held_out(n) for n in (number, number - 1, 0)]
-        new, old, first = ([building.replies_of(line, self.processing_class) for line in each] for each in found)
+        replies = functools.partial(building.replies_of, tokenizer=self.processing_class, share=self.loop.repeat_share)
+        new, old, first = (list(map(replies, each)) for each in found)
         over_old, over_first = self.scorer.win_rates(rows, new, old), self.scorer.win_rates(rows, new, first)
-        numbers, warning = building.sample_numbers(lines, scored), None
+        numbers, warnings = building.sample_numbers(lines, scored), self._merge_warnings(folder)
         if self.kto:
-            own, warning = building.label_numbers(chosen, number, self.args)
+            own, unbalanced = building.label_numbers(chosen, number, self.args)
+            warnings += [unbalanced] if unbalanced else []
         else:
             own = building.pair_numbers(chosen, number, len(lines))
+            own["contradicted"] = float(building.contradictions(lines, scored, self.loop))
         numbers |= own | {"win_rate": _mean(over_old), "win_rate_over_start": _mean(over_first)}
         judged = self.scorer.judge(rows, new) if self.scorer.scores else []
         held = [score for one in judged for score in one.scores or [] if score is not None]
         numbers |= {"held_out_score": _mean(held)} if held else {}
-        momentum = folder.read("anchor") if self._anchored(number) else {}
-        return {"round": number, "numbers": numbers, "nesterov": momentum, "warning": warning}
+        momentum = self._momentum(number, folder, rows, found[0]) if self._anchored(number) else {}
+        return {"round": number, "numbers": numbers, "nesterov": momentum, "warnings": warnings}
+
+    def _merge_warnings(self, folder: RoundFolder) -> list[str]:
+        return folder.read("merge") if (folder.path / "merge.json").exists() else []
+
+    def _momentum(self, number: int, folder: RoundFolder, rows: Sequence[Any], held_out: list[Line]) -> dict[str, Any]:
+        """Of the anchor: its distance, and KL(anchor || trained policy) on that policy's replies to held-out prompts."""
+        own, anchor = (
+            self.policies.log_probs(weights, rows, held_out) for weights in (self._policy(number), str(folder.anchor))
+        )
+        return folder.read("anchor") | {"kl_anchor_to_trained": kl_of_samples(anchor, own)}
 
     def _held_out(self, number: int) -> list[Line]:
         """Replies of theta_hat_number to the held-out prompts; the same seed for all policies."""
@@ -249,6 +289,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _text(reply: Any) -> str:
-    """A teacher's reply as text: the text itself, or the content of its last turn."""
-    return reply if isinstance(reply, str) else str(reply[-1]["content"])
+def check_begun(recipe: Recipe, model: str, data: Data) -> None:
+    """Raises CheckpointError when the recipe's folder has rounds that were made with other settings or other rows."""
+    compare_settings(recipe.training_args.output_dir, _deciding(recipe, model, data.train))
+
+
+def _deciding(recipe: Recipe, model: str, rows: Any) -> dict[str, Any]:
+    """What decides the rounds: all settings but those of `FREE`, the model's path, and the rows with all columns."""
+    flat = {key: value for key, value in _flat(recipe.resolved()).items() if not key.startswith(FREE)}
+    return flat | {"model": model, "sha256 of the rows": digest(rows)}
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"loop": {"iterative": {"rounds": 2}}} -> {"loop.iterative.rounds": 2}."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) and value else {f"{before}{key}": value}
+    return found

@@ -30,6 +30,8 @@ class Iterative:
     paper: ClassVar[str] = "2404.03715"
     trainers: ClassVar[tuple[str, ...]] = ("dpo", "kto")
     makes_data: ClassVar[bool] = True
+    in_rounds: ClassVar[bool] = True
+    """Whether the trainer is called once a round, each time on the merged model of the round before."""
 
     rounds: int = param(3, "T, rounds", source="card: paper", ge=1)
     prompts_per_round: int | None = param(
@@ -47,7 +49,9 @@ class Iterative:
     )
     num_samples: int = param(5, "K, replies that the policy samples to each prompt", source="card: paper", ge=1)
     teacher_column: str | None = param(
-        None, "column with another model's reply, which joins the K samples", source="card: paper (y_gold, optional)"
+        None,
+        "column with another model's reply, which joins the K samples; a row with null has none",
+        source="card: paper (y_gold, optional)",
     )
     temperature: float = param(0.7, "of the samples", source="card: paper", gt=0)
     top_p: float = param(0.95, "of the samples", source="card: paper", gt=0, le=1)
@@ -123,7 +127,8 @@ class Iterative:
             "sync_ref_model moves the reference inside a round; set it to false": getattr(
                 args, "sync_ref_model", False
             ),
-            "num_samples: one reply alone makes no pair; take 2 or more, or a teacher_column": self.num_samples < 2
+            "num_samples: one reply alone makes no pair; take 2 or more, or a teacher_column": not kto
+            and self.num_samples < 2
             and self.teacher_column is None,
             "methods: nesterov has one fixed previous policy; set nesterov: {alpha: ...} of this loop, whose anchor moves": (
                 "nesterov" in (getattr(args, "methods", None) or {})

@@ -7,7 +7,6 @@ can end its place. What it answers is JSON of one form, bounded in length; anyth
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,11 @@ from typing import Any
 import torch
 
 from evals.graders.strict_json import load_tolerant
+from trl_ext.annotate.base import AnnotatorError
 from trl_ext.annotate.endpoint import EndpointAnnotator
+from trl_ext.annotate.fence import content_code, fenced
 from trl_ext.loops.pairs import wins_of_scores
-from trl_ext.loops.scorers import Judged, Reply, Row, Scorer
+from trl_ext.loops.scorers import MAX_UNREAD, Judged, Reply, Row, Scorer
 
 MAX_SCORE = 6
 """Of the judge's rubric (card: 6 points)."""
@@ -41,10 +42,14 @@ _FIRST = {"first": 1.0, "second": 0.0, "equal": 0.5}
 
 @dataclass(frozen=True)
 class Judge(Scorer):
-    """A chat model at `client`. An answer that is not the JSON it was asked for is no verdict: 0.5, or no score."""
+    """A chat model at `client`. An answer that is not the JSON it was asked for is no verdict: 0.5, or no score.
+
+    More than the share `max_unread` of them in one call is an AnnotatorError: such verdicts are not worth keeping.
+    """
 
     client: EndpointAnnotator
     mode: str = "compare"
+    max_unread: float = MAX_UNREAD
     name: str = "judge"
 
     @property
@@ -71,16 +76,20 @@ class Judge(Scorer):
     def win_rates(
         self, rows: Sequence[Row], new: Sequence[Sequence[Reply]], old: Sequence[Sequence[Reply]]
     ) -> list[float]:
-        """The i-th new reply against the i-th old one, which costs n questions in place of n^2."""
+        """The i-th new reply against the i-th old one, which costs n questions in place of n^2. An automatic negative
+        loses without being asked about."""
         if self.mode == "rubric":
             return super().win_rates(rows, new, old)
-        asks = [
-            (row, a.text, b.text)
+        duels = [
+            [(row, a, b) for a, b in zip(some, others, strict=True)]
             for row, some, others in zip(rows, new, old, strict=True)
-            for a, b in zip(some, others, strict=True)
         ]
-        wins = iter([win for win, _ in self._compared(asks)])
-        return [sum(next(wins) for _ in some) / len(some) for some in new]
+        asks = [(row, a.text, b.text) for some in duels for row, a, b in some if not (a.negative or b.negative)]
+        asked = iter(self._compared(asks))
+        return [
+            sum(_forced(a, b) if a.negative or b.negative else next(asked)[0] for _, a, b in some) / len(some)
+            for some in duels
+        ]
 
     def _compared(self, asks: Sequence[tuple[Row, str, str]]) -> list[tuple[float, int]]:
         """For each (row, a, b) the probability that a is better, and how many of the two orders had no verdict."""
@@ -94,6 +103,7 @@ class Judge(Scorer):
             forth, back = read_better(next(answers)), read_better(next(answers))
             known = [v for v in (forth, None if back is None else 1 - back) if v is not None]
             found.append((sum(known) / len(known) if known else 0.5, 2 - len(known)))
+        self._check(sum(unread for _, unread in found), len(questions))
         return found
 
     def _graded(self, rows: Sequence[Row], replies: Sequence[Sequence[Reply]]) -> list[Judged]:
@@ -110,7 +120,24 @@ class Judge(Scorer):
             for place, i in enumerate(order):
                 scores[i] = None if grades is None else grades[place]
             found.append(Judged(scores, wins_of_scores(scores), int(grades is None)))
+        self._check(sum(one.unread for one in found), len(found))
         return found
+
+    def _check(self, unread: int, asked: int) -> None:
+        """Raises AnnotatorError when too few questions have a verdict."""
+        if unread > self.max_unread * asked:
+            raise AnnotatorError(
+                f"judge: {unread} of {asked} questions have no readable verdict, more than max_unread "
+                f"{self.max_unread:g} allows; none of these verdicts was written. Resume to ask those again that had no "
+                f"answer. Answers that are there but cannot be read are kept in {getattr(self.client, 'cache_dir', None)}: "
+                "remove it to ask all again, or raise loop: {iterative: {scorer: {judge: {max_unread: ...}}}}, which a run "
+                "that is resumed may change."
+            )
+
+
+def _forced(a: Reply, b: Reply) -> float:
+    """The win rate of a over b where one or both are automatic negatives."""
+    return (1 - a.negative + b.negative) / 2
 
 
 def read_better(answer: str | None) -> float | None:
@@ -139,20 +166,13 @@ def _duel(row: Row, first: str, second: str) -> list[dict[str, str]]:
 
 
 def _messages(task: str, row: Row, texts: Mapping[str, str]) -> list[dict[str, str]]:
-    """The case between bars that hold a code of its own content: no text in it can hold the code of itself."""
     parts = {"Question": _question(row), **{name: text[-MAX_SHOWN:] for name, text in texts.items()}}
-    bar = f"{'=' * 10} {_code(parts.values())} {'=' * 10}"
-    body = "\n".join(f"{name}:\n{bar}\n{text}\n{bar}" for name, text in parts.items())
-    return [{"role": "system", "content": task}, {"role": "user", "content": body}]
-
-
-def _code(texts: Any) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return [{"role": "system", "content": task}, {"role": "user", "content": fenced(parts)}]
 
 
 def _order(row: Row, replies: Sequence[Reply]) -> list[int]:
     order = list(range(len(replies)))
-    random.Random(_code([_question(row), *(reply.text for reply in replies)])).shuffle(order)
+    random.Random(content_code([_question(row), *(reply.text for reply in replies)])).shuffle(order)
     return order
 
 

@@ -172,7 +172,7 @@ def balance_warning(recipe: Any, data: Any) -> str | None:
     Pairs are as many desirable as undesirable examples.
     """
     args, train = recipe.training_args, data.train
-    if recipe.trainer != "kto" or args.loss_type != "kto" or "label" not in (train.column_names or ()):
+    if recipe.trainer != "kto" or args.loss_type not in ("kto", "bco") or "label" not in (train.column_names or ()):
         return None
     if data.rows is None:
         return None

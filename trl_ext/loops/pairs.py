@@ -114,7 +114,23 @@ def rubric_pairs(scores: Sequence[float | None], teacher: int | None, rubric: Ru
 def chosen_pairs(
     how: str, scores: Sequence[float | None] | None, wins: Tensor, teacher: int | None, rubric: Rubric
 ) -> list[Pair]:
-    """The pairs of one prompt, `how`: "rubric" (by scores), "all" or "best_worst" (by win rates)."""
+    """The pairs of one prompt, `how`: "rubric" (by scores), "all" or "best_worst" (by win rates).
+
+    Only those whose chosen reply has the higher win rate: an ensemble's mean score can say otherwise (`contradicted`).
+    """
+    return [pair for pair in _candidates(how, scores, wins, teacher, rubric) if pair.win_margin > 0]
+
+
+def contradicted(
+    how: str, scores: Sequence[float | None] | None, wins: Tensor, teacher: int | None, rubric: Rubric
+) -> int:
+    """How many pairs of one prompt `chosen_pairs` leaves out since their win rates do not say what their scores say."""
+    return sum(pair.win_margin <= 0 for pair in _candidates(how, scores, wins, teacher, rubric))
+
+
+def _candidates(
+    how: str, scores: Sequence[float | None] | None, wins: Tensor, teacher: int | None, rubric: Rubric
+) -> list[Pair]:
     rewards = self_play_rewards(wins).tolist()
     by_rate: dict[str, Callable[[Sequence[float]], list[tuple[int, int]]]] = {
         "all": all_pairs,

@@ -2,7 +2,8 @@
 
 In the pipeline's folder: `stages.yaml` (what was run), a run folder for each stage (`1_sft`, ...), `models/` (the merged
 weights that the next stage starts from), `eval/`, `report.md` and `pipeline.json`. What exists is what was finished: a
-merged model and an evaluation appear whole, a run says so in its `status.json`. So `resume` looks at the files alone.
+merged model and an evaluation appear whole, a run says so in its `status.json`. So `resume` looks at the files alone, and
+refuses, before it writes anything, if they came from other settings.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import snapshot_download
 
 from trl_ext import merging, run_folder
 from trl_ext.build import few_threads, model_path
-from trl_ext.checkpoints import CheckpointError, last_whole
+from trl_ext.checkpoints import CheckpointError
 from trl_ext.data import DataError, load_data
 from trl_ext.loops import stage_report
-from trl_ext.loops.failures import DATA_KEYS, Failures, write_failures
-from trl_ext.loops.stage_evals import harness_scores, sandbox_scores
+from trl_ext.loops.failures import DATA_KEYS, Failures, check_failures, write_failures
+from trl_ext.loops.policies import hub_base
+from trl_ext.loops.stage_checks import begun_run, check_same, stage_run
+from trl_ext.loops.stage_evals import asked, check_asked, harness_scores, sandbox_scores
 from trl_ext.loops.stages import Pipeline, Stage, StageRecipe
 from trl_ext.recipe import RecipeError, without_secrets
 from trl_ext.report import Evaluation, files
 from trl_ext.run import RunResult, train
 
 STAGES_FILE = "stages.yaml"
-_SET_BY_US = ("output_dir", "logging_dir", "run_name")
 
 
 @dataclass
@@ -88,11 +89,6 @@ def _unfinished(base: str) -> str:
     return str(begun[-1])
 
 
-def stage_run(folder: Path, label: str) -> Path | None:
-    """The finished run of a stage, or None."""
-    return next((f for f in reversed(run_folder.numbered(folder / label)) if run_folder.finished(f)), None)
-
-
 @dataclass
 class _Run:
     """One pass over the stages."""
@@ -108,14 +104,38 @@ class _Run:
     def go(self) -> PipelineResult:
         """All stages, then the report."""
         self.result = PipelineResult(str(self.folder))
-        self._once(self._start)
         model = model_path(self.pipeline.stages[0].recipe)
+        self._check(model)
+        PartialState().wait_for_everyone()
+        self._once(self._start)
         self._evaluate(None, model, model)
         for stage in self.pipeline.stages:
             before, model = model, self._stage(stage, model)
             self._evaluate(stage, before, model)
         self._once(self._finish)
         return self.result
+
+    def _check(self, model: str) -> None:
+        """Walks over what is there, as `go` does from the first `model`, and writes nothing. Raises CheckpointError."""
+        self._check_evaluation(None, model, model)
+        for stage in self.pipeline.stages:
+            recipe = self.recipes[stage.name] = self._recipe(stage, model)
+            if stage.failures is not None:
+                source = self._source(stage.failures)
+                check_failures(
+                    stage.failures, self.recipes[source.name].reward_names, self._failures_file(stage, source)
+                )
+            done = stage_run(self.folder, stage.label)
+            if (run := done or begun_run(self.folder, stage.label)) is not None:
+                check_same(stage, recipe, run)
+            if done is None:
+                return
+            before, model = model, self._model_of(stage, done)
+            self._check_evaluation(stage, before, model)
+
+    def _check_evaluation(self, stage: Stage | None, before: str, model: str) -> None:
+        if (evals := self.pipeline.evals) is not None:
+            check_asked(self._evaluation_file(stage), asked(evals, before, model))
 
     def _once(self, act: Callable[[], Any]) -> None:
         """Acts on the main process; the others wait until it is done."""
@@ -131,17 +151,16 @@ class _Run:
 
     def _stage(self, stage: Stage, model: str) -> str:
         """Trains a stage unless it is finished; the folder of its whole model."""
+        if stage.failures is not None:
+            self._failed_prompts(stage, stage.failures)
         recipe = self.recipes[stage.name] = self._recipe(stage, model)
         done = stage_run(self.folder, stage.label)
         if done is None:
-            base = self.folder / stage.label
-            begun = any(last_whole(f) or run_folder.rounds_begun(f) for f in run_folder.numbered(base))
+            begun = begun_run(self.folder, stage.label) is not None
             self.result.runs.append(train(recipe, resume=begun))
             _free()
             PartialState().wait_for_everyone()
             done = stage_run(self.folder, stage.label)
-        else:
-            _check_same(stage, recipe, done)
         assert done is not None  # `train` marks what it finished
         return self._whole_model(stage, recipe, done)
 
@@ -152,34 +171,44 @@ class _Run:
             changes["model_name_or_path"] = model
             changes["model_revision"] = None
         if stage.failures is not None:
-            changes |= dict.fromkeys(DATA_KEYS) | {"dataset_name": str(self._failed_prompts(stage, stage.failures))}
+            path = self._failures_file(stage, self._source(stage.failures))
+            changes |= dict.fromkeys(DATA_KEYS) | {"dataset_name": str(path)}
         return self.pipeline.recipe_of(stage, **changes)
 
-    def _failed_prompts(self, stage: Stage, failures: Failures) -> Path:
-        """The file with the prompts that the earlier stage failed."""
-        source = next(s for s in self.pipeline.stages if s.name == failures.stage)
+    def _source(self, failures: Failures) -> Stage:
+        return next(s for s in self.pipeline.stages if s.name == failures.stage)
+
+    def _failures_file(self, stage: Stage, source: Stage) -> Path:
+        return self.folder / f"failures_{source.label}_for_{stage.label}.parquet"
+
+    def _failed_prompts(self, stage: Stage, failures: Failures) -> None:
+        """Writes the prompts that the earlier stage failed, unless they are there."""
+        source = self._source(failures)
         recipe, done = self.recipes[source.name], stage_run(self.folder, source.label)
-        path = self.folder / f"failures_{source.label}_for_{stage.label}.parquet"
+        path = self._failures_file(stage, source)
 
         def write() -> None:
             if done is not None and not path.exists():
                 write_failures(failures, done, recipe.reward_names, load_data(recipe), path)
 
         self._once(write)
-        return path
+
+    def _model_of(self, stage: Stage, done: Path) -> str:
+        """Where the stage's whole weights are: the run itself, or beside it if the run holds an adapter."""
+        return str(self.folder / "models" / stage.label if (done / "adapter_config.json").exists() else done)
 
     def _whole_model(self, stage: Stage, recipe: StageRecipe, done: Path) -> str:
-        """What the stage trained as whole weights: the run itself, or its adapter merged into the model before."""
-        if not (done / "adapter_config.json").exists():
+        """What the stage trained as whole weights; an adapter is merged into the model before."""
+        out = Path(self._model_of(stage, done))
+        if out == done:
             return str(done)
-        out = self.folder / "models" / stage.label
         # Weights that were trained in 32 bits are handed over in 32 bits; a quantized base gives its 16-bit original.
         args = recipe.model_args
         whole = args.dtype == "float32" and not (args.load_in_4bit or args.load_in_8bit)
 
         def merge() -> None:
             if not out.exists():
-                merging.merge_adapter(str(done), str(out), _base(recipe), "float32" if whole else None)
+                merging.merge_adapter(str(done), str(out), hub_base(recipe), "float32" if whole else None)
 
         self._once(merge)
         _free()
@@ -187,15 +216,17 @@ class _Run:
 
     def _evaluate(self, stage: Stage | None, before: str, model: str) -> None:
         """Asks the model that a stage left (None: the first one), and notes the stage's row of the report."""
-        evals, label = self.pipeline.evals, stage.label if stage else "0_start"
+        evals, label = self.pipeline.evals, _label(stage)
         scores: Evaluation | None = None
         tasks: dict[str, Any] = {}
         if evals is not None and evals.rows and self.main:
             device = self.pipeline.stages[0].recipe.training_args.device
-            scores = sandbox_scores(evals, model, device, self.folder / "eval" / f"{label}.json")
+            file, now = self._evaluation_file(stage), asked(evals, before, model)
+            scores = sandbox_scores(evals, model, device, file, now)
         elif evals is not None and not evals.rows and stage is not None:
             place = self.folder / "eval"
-            tasks = harness_scores(evals, before, model, place / label, place / "replies", self.main)
+            now = asked(evals, before, model)
+            tasks = harness_scores(evals, before, model, place / label, place / "replies", self.main, now)
         _free()
         self.evaluations.append(scores)
         done = stage_run(self.folder, stage.label) if stage else None
@@ -203,30 +234,17 @@ class _Run:
         self.rows.append(stage_report.Row(label, trainer, done, model, scores, tasks))
         self._once(lambda: stage_report.write(self.folder, self.pipeline, self.rows, finished=False))
 
+    def _evaluation_file(self, stage: Stage | None) -> Path:
+        return self.folder / "eval" / f"{_label(stage)}.json"
+
     def _finish(self) -> None:
         self.result.text = stage_report.write(self.folder, self.pipeline, self.rows, finished=True)
         run_folder.mark(self.folder, "finished")
 
 
-def _check_same(stage: Stage, recipe: StageRecipe, done: Path) -> None:
-    """Raises CheckpointError when a finished stage was run with other settings than it would be now."""
-    then, now = yaml.safe_load((done / "recipe.yaml").read_text()), recipe.resolved()
-    ours = (*_SET_BY_US, "model_name_or_path") if stage.number > 1 else _SET_BY_US
-    keys = [key for key in {**then, **now} if key not in ours and then.get(key) != now.get(key)]
-    if keys:
-        changes = "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)
-        raise CheckpointError(
-            f"stage '{stage.name}' is finished in {done} with other settings ({changes}). Resume with the same ones, or "
-            "start without --resume."
-        )
-
-
-def _base(recipe: StageRecipe) -> str | None:
-    """The base to merge into where the adapter does not say it all: a certain revision on the Hub."""
-    name, revision = str(recipe.model_args.model_name_or_path), recipe.model_args.model_revision
-    if revision in (None, "main") or Path(name).exists():
-        return None
-    return snapshot_download(name, revision=revision)
+def _label(stage: Stage | None) -> str:
+    """The name of a stage's row, or of the start's."""
+    return stage.label if stage else "0_start"
 
 
 def _free() -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM
 
 from trl_ext.loops.iterative_settings import Iterative
-from trl_ext.loops.sampling import Drawing, Sampler, TransformersSampler, VllmSampler, vllm_client
+from trl_ext.loops.sampling import Drawing, Sampler, TransformersSampler, VllmSampler, token_log_probs, vllm_client
+
+
+def hub_base(recipe: Any) -> str | None:
+    """The recipe's model as a folder where its name does not say it all: a certain revision on the Hub. Else None."""
+    name, revision = str(recipe.model_args.model_name_or_path), recipe.model_args.model_revision
+    if revision in (None, "main") or Path(name).exists():
+        return None
+    return snapshot_download(name, revision=revision)
 
 
 class Policies:
@@ -57,6 +67,14 @@ class Policies:
         own = self.loop
         drawing = Drawing(own.temperature, own.top_p, own.max_completion_length, own.generation_batch_size)
         return self._sampler(weights).sample(rows, n, drawing, seed)
+
+    def log_probs(self, weights: str, rows: Any, lines: Any) -> list[float]:
+        """log p of every token of the sampled replies to the rows, one after the other, at the loop's temperature."""
+        model, found = self.use(weights), []
+        for row, line in zip(rows, lines, strict=True):
+            for reply in line["replies"]:
+                found += token_log_probs(model, self.tokenizer, row, reply["tokens"], self.loop.temperature)
+        return found
 
     def _sampler(self, weights: str) -> Sampler:
         model = self.use(weights)

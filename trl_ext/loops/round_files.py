@@ -8,6 +8,7 @@ rounds/round-T/samples.jsonl         one prompt a line: replies, and who sampled
                train.jsonl           one pair (or labelled reply) a line, with round, prompt and replies that it is from
                train/                the trainer's folder with its checkpoints, until the round is trained
                log.json              what the trainer logged
+               merge.json            what an adapter's merge had to warn of; there before policy/ is
                policy/               the trained weights, whole and merged
                anchor/               the weights that the next round begins with, if they are others
                held_out.jsonl        replies of the trained policy to the held-out prompts
@@ -16,6 +17,7 @@ rounds/round-T/samples.jsonl         one prompt a line: replies, and who sampled
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -79,13 +81,28 @@ def write_folder(target: Path, write: Callable[[str], None]) -> None:
     os.replace(part, target)
 
 
+def digest(values: Iterable[Any]) -> str:
+    """SHA-256 of plain values (others as text) in their order: the same number of other rows is another data set."""
+    whole = hashlib.sha256()
+    for value in values:
+        whole.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
+    return whole.hexdigest()
+
+
 def check_settings(output_dir: str, settings: Mapping[str, Any]) -> None:
     """Writes what decides the rounds, or raises CheckpointError when the folder's rounds were made with other settings."""
+    compare_settings(output_dir, settings)
+    path = Path(output_dir) / ROUNDS / SETTINGS
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, json.loads(json.dumps(settings)))
+
+
+def compare_settings(output_dir: str, settings: Mapping[str, Any]) -> None:
+    """Raises CheckpointError when the folder has rounds that were made with other settings. Writes nothing."""
     path = Path(output_dir) / ROUNDS / SETTINGS
     plain = json.loads(json.dumps(settings))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, plain)
         return
     before = json.loads(path.read_text())
     if changed := sorted(key for key in {*before, *plain} if before.get(key) != plain.get(key)):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext.loops.round_files import RoundFolder
+from trl_ext.watch import Watch
 
 _SHOWN = {
     "win_rate": "over the round before",
@@ -58,6 +59,12 @@ class RoundLog:
         """The entry of a round: its numbers as iterative/..., and Nesterov's."""
         self._call("on_log", logs={k: v for k, v in self._close_round(folder).items() if k != "step"})
 
+    def say(self, message: str) -> None:
+        """Puts a warning among those of the run."""
+        for callback in self.callbacks:
+            if isinstance(callback, Watch):
+                callback.say(message)
+
     def end(self) -> None:
         """Ends the callbacks."""
         self._call("on_train_end")
@@ -69,7 +76,7 @@ class RoundLog:
             numbers = report["numbers"]
             shown = [f"{words} {numbers[key]:.3g}" for key, words in _SHOWN.items() if key in numbers]
             lines.append(f"round {report['round']}: win rate {', '.join(shown)}")
-            lines += [f"  {report['warning']}"] if report["warning"] else []
+            lines += [f"  {warning}" for warning in report["warnings"]]
         return [*lines, f"saved: the policy of round {kept}"]
 
     def _keep(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +92,8 @@ class RoundLog:
         self.reports.append(report)
         numbers = {f"iterative/{key}": value for key, value in {"round": report["round"], **report["numbers"]}.items()}
         numbers |= {f"nesterov/{key}": value for key, value in report["nesterov"].items()}
+        for warning in report["warnings"]:
+            self.say(f"round {report['round']}: {warning}")
         entry = {"step": self.before, **numbers}
         self.state.global_step = self.before
         self.state.log_history.append(entry)

@@ -135,6 +135,24 @@ class VllmSampler:
         return found
 
 
+def token_log_probs(model: Any, tokenizer: Any, row: Row, tokens: Sequence[int], temperature: float) -> list[float]:
+    """log p of each token of a reply to the row's prompt, at a temperature: one forward without gradient."""
+    prompt = prompt_ids(tokenizer, row)
+    ids = torch.tensor([[*prompt, *tokens]], device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1).double().tolist()
+
+
+def kl_of_samples(other: Sequence[float], own: Sequence[float]) -> float:
+    """KL(other || own) per token from log-probs of tokens that `own` sampled: mean of r log r - r + 1, r = other / own.
+
+    Unbiased for tokens drawn from `own` itself, and never negative; tokens drawn with top_p < 1 leave its tail out.
+    """
+    gaps = torch.tensor(list(other), dtype=torch.float64) - torch.tensor(list(own), dtype=torch.float64)
+    return float((gaps.exp() * gaps - gaps.exp() + 1).mean())
+
+
 def vllm_client(base_url: str, device: Any) -> Any:
     """TRL's client of a running server, ready to send weights to it. ImportError without vLLM."""
     from trl.generation.vllm_client import VLLMClient

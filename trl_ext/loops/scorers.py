@@ -4,7 +4,8 @@ Each gives, for the n replies to one prompt, a score of each (or none) and P (n,
 better than reply j:
 
     verifier   scores from the recipe's rewards, weighted and summed; P is 1, 0, or 0.5 for equal scores
-    ensemble   k scorers; P = mean over scorers of sigmoid((s_i - s_j) / temperature), scores are their mean
+    ensemble   k scorers; P = mean over scorers of sigmoid((s_i - s_j) / temperature), scores are their mean, which a
+               reply on which one of them abstains does not have
     judge      a chat model. compare: P from its verdicts on both orders of every two replies, no scores;
                rubric: one score from 0 to 6 for each reply, side by side, and P as of the verifier
 """
@@ -21,20 +22,23 @@ import torch
 from torch import Tensor
 
 from trl_ext.annotate.endpoint import EndpointAnnotator
-from trl_ext.loops.pairs import wins_of_members, wins_of_scores
+from trl_ext.loops.pairs import losing, wins_of_members, wins_of_scores
 from trl_ext.plan import did_you_mean
-from trl_ext.rewards.checked import Reward
+from trl_ext.rewards.checked import Reward, RewardError, shown
 
 KINDS = ("verifier", "ensemble", "judge")
+MAX_UNREAD = 0.1
+"""Share of the questions to a judge that may stay without a readable verdict, unless `max_unread` says another."""
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One completion: its text and its token ids."""
+    """One completion: its text, its token ids, and whether it is an automatic negative, which loses to all others."""
 
     text: str
     tokens: tuple[int, ...] = ()
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,13 @@ class Scorer:
     def win_rates(
         self, rows: Sequence[Row], new: Sequence[Sequence[Reply]], old: Sequence[Sequence[Reply]]
     ) -> list[float]:
-        """For each row the mean of P[i, j] over new replies i and old replies j."""
+        """For each row the mean of P[i, j] over new replies i and old replies j, automatic negatives put in."""
         both = [[*a, *b] for a, b in zip(new, old, strict=True)]
-        found = self.judge(rows, both)
-        return [float(one.wins[: len(a), len(a) :].mean()) for one, a in zip(found, new, strict=True)]
+        wins = [
+            losing(one.wins, [reply.negative for reply in some])
+            for one, some in zip(self.judge(rows, both), both, strict=True)
+        ]
+        return [float(some[: len(a), len(a) :].mean()) for some, a in zip(wins, new, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,10 @@ class Ensemble(Scorer):
     name: str = "ensemble"
 
     def judge(self, rows: Sequence[Row], replies: Sequence[Sequence[Reply]]) -> list[Judged]:
-        """A member's None (NaN) is left out of its reply's pairs."""
+        """A member's None (NaN) is left out of its reply's pairs. Scores: `shared_means`."""
         values = self._members(rows, replies)
         return [
-            Judged(_known(part.nanmean(0)), wins_of_members(part, self.temperature))
+            Judged(_known(shared_means(part)), wins_of_members(part, self.temperature))
             for part in values.split([len(some) for some in replies], dim=1)
         ]
 
@@ -107,12 +114,27 @@ class Ensemble(Scorer):
         parts = [reward_values(self.rewards, rows, replies)] if self.rewards else []
         if self.models:
             prompts, completions = _conversations(rows, replies)
-            parts += [model(prompts, completions).double() for model in self.models]
+            for model in self.models:
+                name = getattr(model, "path", None) or ", ".join(model.paths)
+                parts.append(_finite(model(prompts, completions).double(), name, prompts))
         return torch.cat(parts)
 
 
+def shared_means(scores: Tensor) -> Tensor:
+    """(k, n) scores of one prompt's replies -> (n,): means over the same members, NaN where there is none.
+
+    A member that abstains (NaN) on all n replies is left out; a reply on which another member abstains has no mean, as
+    it would be over fewer members than those it is compared with.
+    """
+    voting = scores[~scores.isnan().all(1)]
+    return voting.mean(0) if len(voting) else scores.new_full((scores.size(1),), math.nan)
+
+
 def reward_values(rewards: Sequence[Reward], rows: Sequence[Row], replies: Sequence[Sequence[Reply]]) -> Tensor:
-    """(F, all replies) float64, replies of one prompt in a row; NaN where a reward is None."""
+    """(F, all replies) float64, replies of one prompt in a row; NaN where a reward is None.
+
+    RewardError for an infinite one.
+    """
     prompts, completions = _conversations(rows, replies)
     sizes = [len(some) for some in replies]
     columns = {
@@ -121,8 +143,23 @@ def reward_values(rewards: Sequence[Reward], rows: Sequence[Row], replies: Seque
         if key not in ("prompt", "completion", "completion_ids")
     }
     columns["completion_ids"] = [list(reply.tokens) for some in replies for reply in some]
-    values = [reward(prompts=prompts, completions=completions, **columns) for reward in rewards]
-    return torch.tensor([[math.nan if v is None else v for v in each] for each in values], dtype=torch.float64)
+    found = []
+    for reward in rewards:
+        values = reward(prompts=prompts, completions=completions, **columns)
+        scores = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+        found.append(_finite(scores, getattr(reward, "__name__", type(reward).__name__), prompts))
+    return torch.stack(found)
+
+
+def _finite(scores: Tensor, name: str, prompts: Sequence[Any]) -> Tensor:
+    """`scores` (..., all replies); RewardError when one is infinite, which no file of a round can hold."""
+    bad = scores.isinf().reshape(-1, scores.size(-1)).any(0).nonzero().flatten().tolist()
+    if bad:
+        raise RewardError(
+            f"reward '{name}' gave an infinite score to {len(bad)} of {scores.size(-1)} replies, the first to the prompt "
+            f"{shown(prompts[bad[0]])}. Make it return a finite number, or None for a reply that it cannot judge."
+        )
+    return scores
 
 
 def make_scorer(spec: Any, rewards: Sequence[Reward | str], weights: Sequence[float] | None, folder: str) -> Scorer:
@@ -176,17 +213,19 @@ def _ensemble(
 
 
 def _judge(settings: dict[str, Any], folder: str) -> Scorer:
-    mode = settings.pop("mode", "compare")
+    mode, most = settings.pop("mode", "compare"), settings.pop("max_unread", MAX_UNREAD)
     if mode not in ("compare", "rubric"):
         raise ValueError(f"judge: mode {mode!r} is not one of compare, rubric")
+    if not isinstance(most, (int, float)) or isinstance(most, bool) or not 0 <= most <= 1:
+        raise ValueError(f"judge: max_unread {most!r} must be a share from 0 to 1")
     fields = [f.name for f in dataclasses.fields(EndpointAnnotator) if f.init]
-    _known_settings(settings, [*fields, "mode"])
+    _known_settings(settings, [*fields, "mode", "max_unread"])
     if missing := {"base_url", "model"} - set(settings):
         raise ValueError(f"a judge needs {' and '.join(sorted(missing))}")
     from trl_ext.loops.judge import Judge
 
     client: dict[str, Any] = {"max_tokens": 64, "cache_dir": folder} | settings
-    return Judge(EndpointAnnotator(**client), mode)
+    return Judge(EndpointAnnotator(**client), mode, float(most))
 
 
 def _known_settings(settings: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class PasoDoble:
     """The trainers that it can drive."""
     makes_data: ClassVar[bool] = False
     """Whether the loop makes what the trainer learns from, so that the data set gives prompts and rewards score."""
+    in_rounds: ClassVar[bool] = False
+    """Whether the trainer is called once a round, so that its schedule is that of one round."""
 
     schedule: str = param(
         "online",

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals import cli as evals_cli
+from trl_ext.checkpoints import CheckpointError
 from trl_ext.data_sources import SANDBOX_EVAL_ROWS
 from trl_ext.plan import did_you_mean
 from trl_ext.report import Evaluation, evaluate_sandbox, files
@@ -113,17 +114,38 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def sandbox_scores(evals: StageEvals, model: str, device: Any, file: Path) -> Evaluation:
-    """The model's replies to the problems, from `file` if they were given before, else asked and written there."""
-    asked = {"rows": evals.rows, "seed": evals.seed}
-    if file.exists() and (found := json.loads(file.read_text()))["asked"] == asked:
+def asked(evals: StageEvals, *models: str) -> dict[str, Any]:
+    """What decides an evaluation: what is asked, and whom (the model, or the one before and this one)."""
+    whole = {"rows": evals.rows, "seed": evals.seed, "options": evals.options, "models": models}
+    return json.loads(json.dumps(whole))
+
+
+def check_asked(file: Path, now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError when the evaluation in `file` asked something else, or another model, than `now`."""
+    then = json.loads(file.read_text())["asked"] if file.exists() else now
+    if keys := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+        changes = "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)
+        raise CheckpointError(
+            f"eval: {file} holds another evaluation ({changes}), and all stages must answer the same. Resume with the same "
+            "settings, or start without --resume."
+        )
+
+
+def sandbox_scores(evals: StageEvals, model: str, device: Any, file: Path, now: Mapping[str, Any]) -> Evaluation:
+    """The model's replies to the problems, from `file` if they were given before, else asked and written there.
+
+    `now`: as `asked` says. Raises CheckpointError for a file with another one.
+    """
+    check_asked(file, now)
+    if file.exists():
+        found = json.loads(file.read_text())
         return Evaluation(tuple(found["problems"]), tuple(Record(**r) for r in found["records"]), found["samples"])
     rows = list(dataset("math", n=evals.rows, seed=evals.seed, split="test"))
     loaded: Any = AutoModelForCausalLM.from_pretrained(model).to(device)
     made = evaluate_sandbox(loaded, AutoTokenizer.from_pretrained(model), rows, evals.seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "asked": asked,
+        "asked": now,
         "problems": made.problems,
         "samples": made.samples,
         "records": [vars(r) for r in made.records],
@@ -133,18 +155,23 @@ def sandbox_scores(evals: StageEvals, model: str, device: Any, file: Path) -> Ev
 
 
 def harness_scores(
-    evals: StageEvals, before: str, after: str, folder: Path, store: Path, main: bool
+    evals: StageEvals, before: str, after: str, folder: Path, store: Path, main: bool, now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`trl-ext eval` of two models, unless `folder` holds its results; task -> scores, difference and verdict.
+    """`trl-ext eval` of two models into `folder`, unless it was done; task -> scores, difference and verdict.
 
-    Called on all processes, which share the work; on others than `main` nothing is returned.
+    That it was done, and what was asked (`now`, as `asked` says), is in a JSON file beside the folder. Called on all
+    processes, which share the work; on others than `main` nothing is returned. Raises CheckpointError for another file.
     """
     from evals.report.files import load
 
-    if not (folder / "results.json").exists():
+    file = Path(f"{folder}.json")
+    check_asked(file, now)
+    if not file.exists():
         if main:
             shutil.rmtree(folder, ignore_errors=True)  # a report that was cut off; its replies are in the store
         evals_cli.run(_parsed(evals, before, after, str(folder), str(store)))
+        if main:
+            files.write_json(file, {"asked": now})
     return {task.name: _task(task) for task in load(folder).tasks} if main else {}
 
 

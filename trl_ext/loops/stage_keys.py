@@ -90,8 +90,11 @@ def stage_raws(
     raws: dict[str, dict[str, Any]] = {}
     for place, (name, block) in enumerate(blocks.items()):
         problems += [f"stages.{name}.{key}: {why}" for key, why in _NOT_IN_A_STAGE.items() if key in block]
-        if place and "model_name_or_path" in block:
-            problems.append(f"stages.{name}.model_name_or_path: this stage starts from the model before it; remove it")
+        if place:
+            taken = [key for key in _ABOUT_THE_FIRST_MODEL if key in block]
+            problems += [
+                f"stages.{name}.{key}: this stage starts from the model before it; remove it" for key in taken
+            ]
         base = _named_recipe(name, block, problems)
         if base is None:
             continue

@@ -170,16 +170,17 @@ def _stages(
     evals: StageEvals | None,
     problems: list[str],
 ) -> Iterator[Stage]:
-    rewards: dict[str, list[str]] = {}
+    recipes: dict[str, StageRecipe] = {}
     for number, (name, keys) in enumerate(raws.items(), 1):
         if evals is not None and evals.rows and "eval_rows" not in keys and not keys.get("eval_strategy"):
             keys["eval_rows"] = 0  # every model is evaluated once, between the stages
         recipe = _recipe(path, name, keys, problems)
-        rewards[name] = recipe.reward_names if recipe is not None else []
         source = failures.get(name)
-        if source is not None and rewards.get(source.stage) and (why := source.misfit(rewards[source.stage])):
-            problems.append(f"stages.{name}.prompts_from_failures: {why}")
+        if source is not None and (asked := recipes.get(source.stage)) is not None:
+            why = source.misfits(asked.training_args, asked.reward_names)
+            problems += [f"stages.{name}.prompts_from_failures: {text}" for text in why]
         if recipe is not None:
+            recipes[name] = recipe
             yield Stage(number, name, keys, recipe, source)
 
 

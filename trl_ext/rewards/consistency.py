@@ -13,12 +13,12 @@ A reply that is not valid JSON, or has nothing to check, gives None: not applica
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl_ext.annotate.endpoint import EndpointAnnotator
+from trl_ext.annotate.fence import fenced
 from trl_ext.rewards.checked import Reward, abstaining
 from trl_ext.sandbox.calculator import calculator
 from trl_ext.sandbox.rewards import parse_reply, reply_text
@@ -83,11 +83,8 @@ def make_judge_consistent(base_url: str, model: str, **endpoint: Any) -> Reward:
 
 
 def _question(prompt: Any, reply: str) -> list[dict[str, str]]:
-    question, reply = user_text(prompt)[-MAX_CHARACTERS:], reply[-MAX_CHARACTERS:]
-    # No text can hold its own hash, so none can close the frame and speak as the instructions
-    bar = "=" * 8 + hashlib.sha256(f"{question}\n{reply}".encode("utf-8", "replace")).hexdigest()[:16]
-    parts = ("Question:", bar, question, bar, "Reply:", bar, reply, bar)
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": "\n".join(parts)}]
+    shown = fenced({"Question": user_text(prompt)[-MAX_CHARACTERS:], "Reply": reply[-MAX_CHARACTERS:]})
+    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": shown}]
 
 
 def user_text(prompt: Any) -> str:

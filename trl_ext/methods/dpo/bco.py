@@ -24,10 +24,14 @@ The card has not seen the paper's EMA decay, beta and learning rate (decisions: 
 TRL's). The first batch starts an average, without bias correction; a class not seen yet counts as 0, its reward at the
 reference. `running_mean`, UDM and its clips are those of TRL's BCOTrainer, which 1.16 no longer has. On pairs, shift
 none is TRL's `bco_pair`.
+
+Rewards that are not finite enter no average and no delta; they stay in the loss, and `rewards_not_finite` counts them.
+A prompt without a token has no embedding: its row is not drawn for the classifier and weighs 1.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,29 +64,32 @@ def density_ratio(p: Tensor, low: float, high: float) -> Tensor:
 def class_ema(state: Mapping[str, Any], rewards: Tensor, label: Tensor, step: int, decay: float) -> dict[str, Any]:
     """The averages of both classes after a (micro-)batch of optimizer step `step`; `state` is left as it is.
 
-    Tensors of two entries, thumbs down then up: `before` the averages before this step (NaN: class not seen yet), `sum`
-    and `count` of this step's rewards so far, `mean` the averages now. The first batch with a class starts its average.
+    Tensors of two entries, thumbs down then up: `before` the averages before this step and `known` (bool) which classes
+    had one, `sum` and `count` of this step's finite rewards so far, `mean` the averages now and `seen` (bool) which
+    classes have one, 0 elsewhere. The first batch with a class starts its average.
     """
-    nothing = rewards.new_zeros(2)
+    nothing, none = rewards.new_zeros(2), torch.zeros(2, dtype=torch.bool, device=rewards.device)
     if state.get("step") == step:
-        before, total, count = (state[key].to(rewards.device) for key in ("before", "sum", "count"))
+        before, known, total, count = (state[key].to(rewards.device) for key in ("before", "known", "sum", "count"))
     else:
-        before = state["mean"].to(rewards.device) if "mean" in state else nothing + float("nan")
+        before, known = state.get("mean", nothing).to(rewards.device), state.get("seen", none).to(rewards.device)
         total, count = nothing, nothing
-    classes = torch.stack([~label, label]).to(rewards.dtype)
-    total, count = total + classes @ rewards, count + classes.sum(1)
+    finite = rewards.isfinite()
+    classes = (torch.stack([~label, label]) & finite).to(rewards.dtype)
+    total, count = total + classes @ torch.where(finite, rewards, 0.0), count + classes.sum(1)
     batch = total / count.clamp(min=1)
-    moved = torch.where(before.isnan(), batch, decay * before + (1 - decay) * batch)
+    moved = torch.where(known, decay * before + (1 - decay) * batch, batch)
     mean = torch.where(count > 0, moved, before)
-    return {"step": step, "before": before, "sum": total, "count": count, "mean": mean}
+    now = {"mean": mean, "seen": known | (count > 0)}
+    return {"step": step, "before": before, "known": known, "sum": total, "count": count, **now}
 
 
 @torch.no_grad()
 def running_mean(state: Mapping[str, Any], rewards: Tensor) -> dict[str, Any]:
-    """Mean and number of all rewards seen: mean <- mean + (batch_mean - mean) n_batch / (n + n_batch)."""
-    old = state["mean"].to(rewards.device) if "mean" in state else rewards.new_zeros(())
-    seen = state.get("seen", 0) + rewards.numel()
-    return {"mean": old + (rewards.mean() - old) * rewards.numel() / seen, "seen": seen}
+    """Mean and number of all finite rewards seen: mean <- mean + (batch_mean - mean) n_batch / (n + n_batch)."""
+    finite, old = rewards.isfinite(), state.get("mean", rewards.new_zeros(())).to(rewards.device)
+    seen = finite.sum() + state.get("seen", 0)
+    return {"mean": old + torch.where(finite, rewards - old, 0.0).sum() / seen.clamp(min=1), "seen": seen}
 
 
 def delta_of(shift: str, state: Mapping[str, Any], like: Tensor) -> Tensor:
@@ -90,7 +97,7 @@ def delta_of(shift: str, state: Mapping[str, Any], like: Tensor) -> Tensor:
     if shift == "none" or "mean" not in state:
         return like.new_zeros(())
     mean = state["mean"].to(like.device)
-    return mean.nan_to_num(0.0).mean() if shift == "class_ema" else mean
+    return mean.mean() if shift == "class_ema" else mean
 
 
 def fit_classifier(embeddings: Tensor, label: Tensor) -> dict[str, Any]:
@@ -166,12 +173,15 @@ class Bco(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({REFERENCE} if self.udm and self.embedding == REFERENCE_EMBEDDING else ())
 
+    def sentence_encoders(self) -> tuple[str, ...]:
+        return (self.embedding,) if self.udm and self._encoder is not None else ()
+
     def cost(self) -> str:
         if not self.udm:
             return "no extra forward"
-        return (
-            f"once a forward of up to {2 * self.prompt_sample_size} prompts; each step one of its thumbs-down prompts"
-        )
+        drawn = f"once a forward of up to {2 * self.prompt_sample_size} prompts"
+        encoder = f"; the sentence encoder {self._encoder} in memory on each process" if self._encoder else ""
+        return f"{drawn}; each step one of its thumbs-down prompts{encoder}"
 
     def check(self, setup: Setup) -> list[str]:
         udm = ("embedding", "prompt_sample_size", "min_density_ratio", "max_density_ratio")
@@ -187,7 +197,30 @@ class Bco(Method):
                 "udm has nothing to match on pairs: chosen and rejected answer the same prompts; set udm: false, or use "
                 "`trainer: kto` with labelled completions"
             )
+        if self.udm and self._encoder is None and getattr(setup.args, "sync_ref_model", False):
+            problems.append(
+                "sync_ref_model moves the reference, whose embeddings the prompt classifier was fitted to; set "
+                "sync_ref_model: false, or name a sentence encoder in `embedding`"
+            )
         return problems
+
+    def state_problem(self, state: Mapping[str, Any]) -> str | None:
+        """A checkpoint's averages are of one rule for delta, its classifier is of one embedding."""
+        shift = state["shift"]["rule"] if "shift" in state else "none"
+        if shift != self.shift:
+            return f"its averages are those of shift: {shift}, this run has shift: {self.shift}; set that to resume"
+        embedding = state["udm"]["embedding"] if "udm" in state and self.udm else self.embedding
+        if embedding != self.embedding:
+            return (
+                f"its prompt classifier was fitted to embedding: {embedding}, this run has embedding: {self.embedding}; "
+                "set that to resume"
+            )
+        return None
+
+    def start_training(self) -> None:
+        """Averages of an earlier call of `train` stay; its last optimizer step is over."""
+        if "step" in self.state.get("shift", {}):
+            self.state["shift"] = {**self.state["shift"], "step": None}
 
     def summary(self, decode_one: Any) -> list[str]:
         found = self.state.get("udm")
@@ -215,13 +248,14 @@ class Bco(Method):
         """Fits the prompt classifier; one that a checkpoint brought back stays."""
         if "udm" in self.state:
             return
-        rows = draw_prompts(data.label, self.prompt_sample_size, data.seed)
+        (known,) = torch.nonzero(data.has_prompt, as_tuple=True)
+        rows = known[draw_prompts(data.label[known], self.prompt_sample_size, data.seed)]
         label = data.label[rows]
         if label.all() or not label.any():
-            raise PlanError(
-                [f"bco: udm compares two classes of prompts, and all {len(data.label)} labels are the same"]
-            )
-        self.state["udm"] = fit_classifier(data.embed_prompts(rows, self._encoder), label)
+            problem = f"all {len(known)} labels are the same (of rows that have a prompt)"
+            raise PlanError([f"bco: udm compares two classes of prompts, and {problem}"])
+        fitted = fit_classifier(data.embed_prompts(rows, self._encoder), label)
+        self.state["udm"] = {**fitted, "embedding": self.embedding}
 
     def label_loss(self, x: LabelInput) -> Tensor:
         rewards = x.beta * (x.logps - x.ref_logps)
@@ -244,18 +278,23 @@ class Bco(Method):
                 state = class_ema(state, everyone, labels > 0.5, x.step, self.shift_decay)
             else:
                 state = running_mean(state, everyone)
-            x.scratch["shift"] = state
-        delta = delta_of(self.shift, state, rewards)
+            x.scratch["shift"] = {**state, "rule": self.shift}
+        delta, finite = delta_of(self.shift, state, rewards), rewards.isfinite()
         x.metrics.mean("delta", delta)
-        x.metrics.mean("chosen_above_delta", (rewards > delta).float(), label.float())
-        x.metrics.mean("rejected_below_delta", (rewards < delta).float(), (~label).float())
+        x.metrics.mean("chosen_above_delta", (rewards > delta).float(), (label & finite).float())
+        x.metrics.mean("rejected_below_delta", (rewards < delta).float(), (~label & finite).float())
+        bad = (~finite).sum()
+        x.metrics.mean("rewards_not_finite", bad, (bad > 0).float())  # per micro-batch that has any
         return delta
 
     def _weights(self, x: LabelInput) -> Tensor:
-        """(B,) weights w of the thumbs-down rows, 1 elsewhere and without UDM."""
+        """(B,) weights w of the thumbs-down rows that have a prompt, 1 elsewhere and without UDM."""
         weights = torch.ones_like(x.ref_logps)
-        rows = torch.nonzero(~x.label).squeeze(1)
+        rows = torch.nonzero(~x.label & x.has_prompt).squeeze(1)
         if not self.udm or len(rows) == 0:
+            return weights
+        if not x.training and "udm" not in self.state:
+            warnings.warn("bco: evaluated before training, without a prompt classifier: every w is 1", stacklevel=2)
             return weights
         classifier = self.state["udm"]
         p = desirable_probability(classifier, x.embed_prompts(rows, self._encoder))

@@ -9,11 +9,16 @@ the reference. For a pair (y1, y2) of one prompt, with eta TRL's `beta`, c `rewa
     prct: L = -log sigmoid(d) with c = 1                          TRL's `sigmoid`, bit for bit
 
 r_t(y1) - r_t(y2) is the data set's column `win_margin`; the loop `iterative` (`trl_ext.loops`) makes it.
+
+Card: the scale c is inferred (the paper says "relatively larger"); its searched "alpha = 0.005" is not explained there, so
+nothing here is it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +50,7 @@ class Dno(Method):
     title = "Direct Nash Optimization: Teaching Language Models to Self-Improve with General Preferences"
     paper = "2404.03715"
     trainer = "dpo"
+    column_ranges: ClassVar[Mapping[str, tuple[float, float]]] = {WIN_MARGIN: (-1.0, 1.0)}
 
     variant: str = param(
         "prct",
