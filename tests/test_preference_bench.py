@@ -35,11 +35,10 @@ def test_what_is_stored_reaches_the_readme(tmp_path):
     stored = result("bco_udm", SEEDS, {"steps": 1})
     preference.write_json(tmp_path / "preference_bco_udm.json", stored)
     text = readme.parts(tmp_path)["bench:preference"]
-    assert "| bco_udm | bco, UDM | accuracy | 0.600 [0.600, 0.600] | +0.150 [" in text
+    assert "bco_udm: distribution matching helps" in text and "**not seen** (accuracy against bco: +0.150 [" in text
     assert any("distribution matching" in line for line in readme.evidence(tmp_path)["bco"])
 
 
 def test_claims_name_methods_and_numbers():
     for bench in BENCHES.values():
         assert all(claim.method is None or claim.method in METHODS for claim in bench.claims)
-        assert bench.shown

@@ -88,10 +88,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Bench:
-    """`play(seed, steps, eval_rows)`, the numbers that the README shows, and what the cards claim."""
+    """`play(seed, steps, eval_rows)`, and what the cards claim."""
 
     play: Callable[[int, int | None, int], Arms]
-    shown: tuple[str, ...]
     claims: tuple[Claim, ...]
 
 
@@ -102,7 +101,6 @@ ITERATES = tuple(
 BENCHES: Mapping[str, Bench] = {
     "bco_udm": Bench(
         bco_udm,
-        ("accuracy", "valid"),
         (
             Claim("bco", "distribution matching helps where good and bad prompts differ", "bco, UDM", "accuracy"),
             Claim("bco", "the same for valid JSON", "bco, UDM", "valid"),
@@ -110,7 +108,6 @@ BENCHES: Mapping[str, Bench] = {
     ),
     "nesterov": Bench(
         rounds.nesterov,
-        ("win_rate/1", "win_rate/2", "win_rate/3", "held_out_score/2", "held_out_score/3"),
         (
             *ITERATES,
             Claim("nesterov", "a higher reward after two rounds", "alpha 0.3", "held_out_score/2"),
@@ -126,7 +123,6 @@ BENCHES: Mapping[str, Bench] = {
     ),
     "dno": Bench(
         rounds.dno,
-        ("held_out_score/3", "win_rate_over_start/3"),
         (
             Claim(
                 "dno",
@@ -137,10 +133,9 @@ BENCHES: Mapping[str, Bench] = {
             ),
         ),
     ),
-    "kto_iterative": Bench(rounds.kto, ("held_out_score/1", "held_out_score/2", "held_out_score/3"), ()),
+    "kto_iterative": Bench(rounds.kto, ()),
     "stages": Bench(
         stages,
-        ("accuracy", "valid", "steps_to_half"),
         (
             Claim(None, "the pipeline beats its last stage alone", "sft+kto+grpo", "accuracy"),
             Claim(
@@ -192,9 +187,8 @@ def result(name: str, by_seed: Sequence[Arms], about: Mapping[str, Any]) -> dict
     """All that is stored of a bench."""
     found, first = summary(by_seed), next(iter(by_seed[0]))
     claims = [judged(claim, found, first) for claim in BENCHES[name].claims]
-    shown = list(BENCHES[name].shown)
     about = {**about, "machine": machine()}
-    return {"bench": name, "about": about, "shown": shown, "seeds": list(by_seed), "summary": found, "claims": claims}
+    return {"bench": name, "about": about, "seeds": list(by_seed), "summary": found, "claims": claims}
 
 
 def main() -> None:

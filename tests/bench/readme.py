@@ -113,24 +113,10 @@ def _setting(path: Path, arm: str) -> str:
 
 
 def _preference(folder: Path) -> str:
-    """A row for each arm of each stored bench of preference data: means, and differences to the first arm."""
-    rows, claims = [], []
-    for path in sorted(folder.glob("preference_*.json")):
-        result = json.loads(path.read_text())
-        for arm, numbers in result["summary"].items():
-            for key in (key for key in result["shown"] if key in numbers):
-                found = numbers[key]
-                cells = [_ci(found["mean"]), _ci(found["difference"], plus=True) if "difference" in found else ""]
-                rows.append([result["bench"], arm, key, *cells, str(found["mean"]["n"])])
-        claims += [_claim(claim) for claim in result["claims"]]
-    if not rows:
-        return MISSING.format(target="bench-preference")
-    head = ("bench", "arm", "number", "mean", "minus the first arm", "seeds")
-    return "\n\n".join([table(head, rows), "\n".join(claims)])
-
-
-def _ci(found: Mapping[str, Any], plus: bool = False) -> str:
-    return Interval(**found).text(1, 3, plus)
+    """What became of the claims of each stored bench of preference data; the numbers of all arms are in the JSON files."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("preference_*.json"))]
+    lines = [_claim(claim, f"{result['bench']}: ") for result in found for claim in result["claims"]]
+    return "\n".join(lines) or MISSING.format(target="bench-preference")
 
 
 def _main_arms(result: Mapping[str, Any]) -> list[str]:
