@@ -145,7 +145,8 @@ def test_a_loss_in_place_of_trls_trains_as_trls(tmp_path, extra):
     assert ours.args.loss_type == "unpaired"
     for name, value in weights(stock).items():
         torch.testing.assert_close(value, weights(ours)[name], atol=2e-5, rtol=1e-4)
-    for entry in stock.state.log_history:  # TRL's constant 0, which was not measured; beside an own loss it is left out
+    # TRL's constant 0, which was not measured; beside an own loss it is left out
+    for entry in stock.state.log_history:
         assert entry.pop("kl", 0) == entry.pop("eval_kl", 0) == 0
     assert not any(key in entry for entry in ours.state.log_history for key in ("kl", "eval_kl"))
     assert_same_log(stock, ours, tolerance=2e-3)
