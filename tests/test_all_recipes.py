@@ -1,4 +1,4 @@
-"""Every shipped recipe: the real ones are dry-run on a file with their data set's columns, the sandbox's train two steps."""
+"""Every shipped recipe: the real ones are dry-run on a file with their data set's columns, the sandbox's train a little."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_ext.loops.stages import is_pipeline
+from trl_ext.loops.pipeline import run_pipeline
+from trl_ext.loops.stages import is_pipeline, load_pipeline
 from trl_ext.recipe import load_recipe
 from trl_ext.run import train
 
@@ -90,3 +91,39 @@ def test_sandbox_recipe_trains(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter_model.safetensors").exists() or (
         tmp_path / "run" / "model.safetensors"
     ).exists()
+
+
+A_ROUND = {"rounds": 1, "prompts_per_round": 12, "eval_prompts": 4, "eval_samples": 2, "num_samples": 4}
+ROUND = {f"loop.iterative.{key}": value for key, value in A_ROUND.items()}
+ROUND |= {"max_steps": 1, "per_device_train_batch_size": 4, "eval_rows": 0}
+LOOPS: dict[str, dict[str, Any]] = {
+    "sandbox_dno": ROUND,
+    "sandbox_nesterov": ROUND,
+    "sandbox_kto_iterative": ROUND,
+    "sandbox_pasodoble": {"max_steps": 1, "per_device_train_batch_size": 16, "num_generations": 4, "eval_rows": 0},
+}
+
+
+def test_all_loops_are_here() -> None:
+    assert set(LOOPS) == {path.stem for path in ROUNDS if path.stem.startswith("sandbox")}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_sandbox_loop_plays(name: str, tmp_path: Path) -> None:
+    """One small round, and a model at its end."""
+    keys = LOOPS[name] | {"output_dir": tmp_path / "run"}
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    train(load_recipe(name, words))
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"status": "finished"}
+    assert list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_sandbox_stages_run(tmp_path: Path) -> None:
+    """A step of each stage, and the report of all."""
+    few = {"sft": 8, "kto": 8, "grpo": 16}
+    words = [w for name, rows in few.items() for w in (f"--stages.{name}.per_device_train_batch_size", str(rows))]
+    words += [w for name in few for w in (f"--stages.{name}.max_steps", "1")]
+    words += ["--stages.grpo.num_generations", "4", "--eval.rows", "4", "--output_dir", str(tmp_path / "run")]
+    result = run_pipeline(load_pipeline("sandbox_stages", words))
+    stages = json.loads((Path(result.output_dir) / "pipeline.json").read_text())["stages"]
+    assert [stage["steps"] for stage in stages[1:]] == [1, 1, 1]
