@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trl_ext.executor import NoIsolation, make_executor
 from trl_ext.loops.pipeline import run_pipeline
 from trl_ext.loops.stages import is_pipeline, load_pipeline
 from trl_ext.recipe import load_recipe
@@ -127,3 +128,19 @@ def test_sandbox_stages_run(tmp_path: Path) -> None:
     result = run_pipeline(load_pipeline("sandbox_stages", words))
     stages = json.loads((Path(result.output_dir) / "pipeline.json").read_text())["stages"]
     assert [stage["steps"] for stage in stages[1:]] == [1, 1, 1]
+
+
+def test_sandbox_dstc_runs(tmp_path: Path) -> None:
+    """Enough demonstrations to write programs at all, then one step on the pairs of some instructions."""
+    try:
+        make_executor("auto")
+    except NoIsolation as error:
+        pytest.skip(f"nothing here can run a model's code safely: {error}")
+    changed = {"sft.max_steps": 150, "sft.dataset_options.n": 4800, "dstc.dataset_options.n": 12, "dstc.max_steps": 1}
+    changed |= {"dstc.loop.dstc.num_codes": 5, "dstc.loop.dstc.num_tests": 5, "dstc.per_device_train_batch_size": 2}
+    words = [word for key, value in changed.items() for word in (f"--stages.{key}", str(value))]
+    result = run_pipeline(load_pipeline("sandbox_dstc", [*words, "--output_dir", str(tmp_path / "run")]))
+    stages = json.loads((Path(result.output_dir) / "pipeline.json").read_text())["stages"]
+    assert [stage["steps"] for stage in stages[1:]] == [150, 1]
+    pairs = list(Path(result.output_dir).glob("2_dstc/rounds/dstc/part-*/*pairs*"))
+    assert pairs and any(path.read_text() for path in pairs)
