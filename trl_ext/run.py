@@ -68,10 +68,8 @@ def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> RunRes
     result = RunResult(_output_dir(recipe, resume), recipe.plan, _schedule(recipe, data), warnings=watch.warnings)
     recipe.training_args.output_dir = result.output_dir
     main = PartialState().is_main_process
-    if recipe.loop is not None and recipe.loop.name == "iterative":
-        from trl_ext.loops.iterative import check_begun
-
-        check_begun(recipe, model, data)  # before anything in the folder is written over
+    if recipe.loop is not None:
+        recipe.loop.check_begun(recipe, model, data)  # before anything in the folder is written over
     if main:
         if wish is not None:
             wish = pushing.check(wish, model, result.output_dir)

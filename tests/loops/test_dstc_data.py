@@ -149,6 +149,21 @@ def test_other_data_of_the_same_length_are_refused(tmp_path):
             dstc_data.build(rows, LOOP, Scripted(), InProcess(), str(tmp_path), seed=0, model="m")
 
 
+def test_a_run_is_asked_before_it_writes(tmp_path):
+    """`trl_ext.run` calls this before the resolved recipe of a resumed run is written over."""
+
+    def begun(folder, seed):
+        args = SimpleNamespace(output_dir=str(folder), seed=seed)
+        LOOP.check_begun(SimpleNamespace(training_args=args), "m", SimpleNamespace(train=ROWS))
+
+    begun(tmp_path, 1)
+    assert not list(tmp_path.iterdir()), "nothing was begun, and nothing is written"
+    built(tmp_path)
+    begun(tmp_path, 0)
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        begun(tmp_path, 1)
+
+
 def test_how_the_data_are_made_may_change(tmp_path):
     whole = built(tmp_path)
     how = {"executor": "unshare", "at_once": 3, "vllm_server_base_url": "http://localhost:1"}

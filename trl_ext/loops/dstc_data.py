@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trl_ext.data_sources import DataError
 from trl_ext.executor import Executor, Job
 from trl_ext.loops import dstc
 from trl_ext.loops.dstc_settings import Dstc
-from trl_ext.loops.round_files import ROUNDS, RoundFolder, check_settings, digest
+from trl_ext.loops.round_files import ROUNDS, RoundFolder, check_settings, compare_settings, digest
 from trl_ext.loops.sampling import Drawing, Sampler
 
 Line = dict[str, Any]
@@ -56,6 +56,11 @@ def build(
     if not numbers["pairs"]:
         raise DataError(f"dstc: no pair came out of {len(rows)} instructions: {numbers['skipped']}; see {place}")
     return found
+
+
+def check_begun(rows: Iterable[Row], loop: Dstc, folder: str, seed: int, model: str) -> None:
+    """Raises CheckpointError when `folder` has a build with other settings or rows. Writes nothing."""
+    compare_settings(folder, _settings(loop, seed, model, named(list(rows), loop.entry_point)))
 
 
 def _settings(loop: Dstc, seed: int, model: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from trl_ext.executor import EXECUTORS, Limits
 from trl_ext.executor.choice import AUTO
+from trl_ext.loops.base import LoopSettings
 from trl_ext.loops.dstc import SELECTIONS
 from trl_ext.method import param
 
@@ -27,7 +28,7 @@ TEST_PROMPT = (
 
 
 @dataclass(frozen=True)
-class Dstc:
+class Dstc(LoopSettings):
     """The model writes codes and tests for each instruction, all are run against each other, and it learns from the pairs.
 
     Pairs are made once, before training, from the model that training starts with. The data set gives instructions
@@ -43,7 +44,6 @@ class Dstc:
     paper: ClassVar[str] = "2411.13611"
     trainers: ClassVar[tuple[str, ...]] = ("dpo", "kto")
     makes_data: ClassVar[bool] = True
-    in_rounds: ClassVar[bool] = False
 
     executor: str = param(
         OFF,
@@ -91,6 +91,12 @@ class Dstc:
     def limits(self) -> Limits:
         """Bounds of one run."""
         return Limits(wall_s=self.exec_timeout_s, cpu_s=max(1, round(self.exec_timeout_s)), memory_mb=self.memory_mb)
+
+    def check_begun(self, recipe: Any, model: str, data: Any) -> None:
+        """The loop's settings that decide the pairs, the seed, the model and the rows."""
+        from trl_ext.loops.dstc_data import check_begun  # here, since it loads the samplers
+
+        check_begun(data.train, self, recipe.training_args.output_dir, recipe.training_args.seed, model)
 
     def check(self, args: Any, rewards: Sequence[str], peft: bool, tools: bool = False) -> list[str]:
         """Problems of these settings with the trainer's configuration, each with the key that fixes it."""

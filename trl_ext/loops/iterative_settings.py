@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trl_ext.checks import unread
+from trl_ext.loops.base import LoopSettings
 from trl_ext.loops.pairs import Rubric
 from trl_ext.loops.scorers import make_scorer, spec_of
 from trl_ext.method import param
@@ -16,7 +17,7 @@ _RUBRIC_ONLY = ("min_positive_score", "margin", "student_margin")
 
 
 @dataclass(frozen=True)
-class Iterative:
+class Iterative(LoopSettings):
     """Rounds of sample, score, build pairs (or labels), train: each round's reference is the policy that it began with.
 
     The recipe's own keys (`methods`, `loss_type`, steps, batch) are those of every round's training. `max_steps` or
@@ -31,7 +32,6 @@ class Iterative:
     trainers: ClassVar[tuple[str, ...]] = ("dpo", "kto")
     makes_data: ClassVar[bool] = True
     in_rounds: ClassVar[bool] = True
-    """Whether the trainer is called once a round, each time on the merged model of the round before."""
 
     rounds: int = param(3, "T, rounds", source="card: paper", ge=1)
     prompts_per_round: int | None = param(
@@ -114,6 +114,12 @@ class Iterative:
     def replay_of(self, trainer: str) -> float:
         """The share that is replayed."""
         return (0.3 if trainer == "dpo" else 0.0) if self.replay is None else self.replay
+
+    def check_begun(self, recipe: Any, model: str, data: Any) -> None:
+        """All settings that decide the rounds, the model and the rows."""
+        from trl_ext.loops.iterative import check_begun  # here, since it loads the trainers
+
+        check_begun(recipe, model, data)
 
     def check(self, args: Any, rewards: Sequence[str], peft: bool, tools: bool = False) -> list[str]:
         """Problems of these settings with the trainer's configuration, each with the key that fixes it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from trl_ext.loops.base import LoopSettings
 from trl_ext.method import Setup, param
 from trl_ext.plan import PlanError, make_plan
 
@@ -14,7 +15,7 @@ _OWN_ROWS = ("choose_prompts", "edit_prompts", "revise", "keep_rows", "coupled")
 
 
 @dataclass(frozen=True)
-class PasoDoble:
+class PasoDoble(LoopSettings):
     """A Proposer writes questions with answers, a Solver learns to answer them; both are trained by GRPO, without labels.
 
     The recipe's own keys (`methods`, `rewards`, lengths, group size) are the Solver's. I, the questions of one round, is
@@ -25,11 +26,6 @@ class PasoDoble:
     title: ClassVar[str] = "PasoDoble: Better LLM Reasoning via Dual-Play"
     paper: ClassVar[str] = "2511.11881"
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
-    """The trainers that it can drive."""
-    makes_data: ClassVar[bool] = False
-    """Whether the loop makes what the trainer learns from, so that the data set gives prompts and rewards score."""
-    in_rounds: ClassVar[bool] = False
-    """Whether the trainer is called once a round, so that its schedule is that of one round."""
 
     schedule: str = param(
         "online",
