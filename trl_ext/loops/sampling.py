@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from trl_ext.forward import undisturbed
 
 Row = Mapping[str, Any]
 Sample = dict[str, Any]
@@ -75,7 +76,7 @@ class TransformersSampler:
         at_once, found = max(1, drawing.batch // n), []
         for number, start in enumerate(range(0, len(rows), at_once)):
             part = [prompt_ids(self.tokenizer, row) for row in rows[start : start + at_once]]
-            with _drawing(self.model, number_of(f"{seed}/{number}")):
+            with undisturbed(self.model, number_of(f"{seed}/{number}")):
                 replies = self._batch([ids for ids in part for _ in range(n)], drawing)
             found += [replies[i : i + n] for i in range(0, len(replies), n)]
         return found
@@ -160,16 +161,3 @@ def vllm_client(base_url: str, device: Any) -> Any:
     client = VLLMClient(base_url=base_url, connection_timeout=240.0)
     client.init_communicator(device=device)
     return client
-
-
-@contextmanager
-def _drawing(model: Any, seed: int) -> Iterator[None]:
-    training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.annotate.prompts import teacher_messages
+from trl_ext.forward import undisturbed
 from trl_ext.sandbox.rewards import answer_correct, json_valid
 
 Row = Mapping[str, Any]
@@ -25,20 +24,6 @@ class Record:
     length: int
     valid: bool
     correct: bool
-
-
-@contextmanager
-def _undisturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode and a seeded generator; mode and generators are given back as they were."""
-    training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
 
 
 def _messages(row: Row, suffix: str | Callable[[Row], str] | None) -> list[dict[str, Any]]:
@@ -71,7 +56,7 @@ def evaluate(
     ]
     jobs = [index for index in range(len(rows)) for _ in range(samples)]
     records: list[Record] = []
-    with _undisturbed(model, seed):
+    with undisturbed(model, seed):
         for at in range(0, len(jobs), batch_size):
             part = jobs[at : at + batch_size]
             ids = _generate(model, tokenizer, [texts[i] for i in part], temperature, max_new_tokens)
