@@ -39,6 +39,18 @@ def test_two_processes_equal_one(saved_by_two, tmp_path, case):
 # In this file, so that no two launches run at a time
 
 
+def compared(saved, single, tolerance):
+    """Asserts that weights and the methods' metrics of two processes are those of one; how many numbers of the log."""
+    for name, value in weights(single).items():
+        torch.testing.assert_close(saved["weights"][name], value, rtol=2e-3, atol=5e-5)
+    count = 0
+    for two, one in zip(saved["log"], single.state.log_history, strict=True):
+        for key in (key for key in two if key.split("/")[0] in METHODS):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=tolerance), key
+            count += 1
+    return count
+
+
 @pytest.fixture(scope="module")
 def distilled_by_two(tmp_path_factory):
     return two_processes("tests.distributed.distill_worker", tmp_path_factory.mktemp("two"))
@@ -48,14 +60,7 @@ def distilled_by_two(tmp_path_factory):
 def test_two_processes_distil_as_one(distilled_by_two, tmp_path, case):
     saved = torch.load(distilled_by_two / f"{case}.pt", weights_only=True)
     single = distill_worker.train(case, str(tmp_path), processes=1)
-    for name, value in weights(single).items():
-        torch.testing.assert_close(saved["weights"][name], value, rtol=2e-3, atol=5e-5)
-    compared = 0
-    for two, one in zip(saved["log"], single.state.log_history, strict=True):
-        for key in (key for key in two if key.startswith("paced/")):
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
-            compared += 1
-    assert compared > 30
+    assert compared(saved, single, 1e-5) > 30
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +73,7 @@ def test_two_processes_learn_from_pairs_and_labels_as_one(paired_by_two, tmp_pat
     """The reward shift is that of the whole batch, whichever process holds its rows."""
     saved = torch.load(paired_by_two / f"{case}.pt", weights_only=True)
     single = pair_worker.train(case, str(tmp_path), processes=1)
-    for name, value in weights(single).items():
-        torch.testing.assert_close(saved["weights"][name], value, rtol=2e-3, atol=5e-5)
-    compared = 0
-    for two, one in zip(saved["log"], single.state.log_history, strict=True):
-        for key in (key for key in two if key.split("/")[0] in METHODS):
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
-            compared += 1
-    assert compared >= 9
+    assert compared(saved, single, 1e-4) >= 9
 
 
 def test_a_recipe_under_accelerate_launch_equals_one_process(tmp_path):
