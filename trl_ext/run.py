@@ -167,6 +167,7 @@ class _Run:
         if self.main:
             self._report()
             run_folder.mark(result.output_dir, "finished")
+        self._release()  # a reducer that outlives gloo's group may wait for its thread for ever, holding the GIL
         trainer.end()
         if self.main and self.wish is not None:
             result.text += f"\nPublished: {pushing.push(self.wish, result.output_dir).place}"
@@ -247,7 +248,7 @@ class _Run:
         saved.check_equal(expected, saved.log_probs(again, ids), self.result.output_dir)
 
     def _release(self) -> None:
-        """Frees the trained model and the optimizer, so that a second model fits where one did."""
+        """Frees the trained model, what wraps it, and the optimizer, so that a second model fits where one did."""
         for trainer in filter(None, (self.trainer, getattr(self.trainer, "proposer", None))):
             trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer._teacher = None
             trainer._frozen = None
