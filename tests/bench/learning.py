@@ -30,6 +30,7 @@ from tests.bench.common import RESULTS, ROOT, machine, machine_text, quiet, say,
 quiet()
 
 from tests.bench import claims, learning_report, plots  # noqa: E402 - after the environment is set
+from tests.bench.forgetful import ensure_forgetful  # noqa: E402
 from tests.bench.learning_report import BASELINE, Run  # noqa: E402
 from tests.bench.learning_run import RECIPE, RunSettings  # noqa: E402
 from trl_ext.methods import METHODS  # noqa: E402
@@ -69,6 +70,7 @@ REWARD_ARMS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
 }
 """Arms that are rewards and no method: the end of a sandbox recipe's name -> ablation -> words of a command line."""
+MODELS = ("sandbox", "forgetful")
 QUICK = {"steps": 4, "eval_every": 2, "eval_rows": 40, "seeds": 2}
 QUICK_OVERRIDES = ("--per_device_train_batch_size", "32", "--max_completion_length", "48")
 Go = Callable[[RunSettings], Run]
@@ -181,7 +183,13 @@ def bench(
     runs: dict[str, dict[int, Run]] = {arm: {} for arm in chosen}
     for asked, found in zip(wanted, run_all(wanted, folder, jobs, go), strict=True):
         runs[asked.arm][asked.seed] = found
-    about = {**settings, "seeds": list(range(seeds)), "recipe": RECIPE, "arms": dict(chosen)}
+    about = {
+        **settings,
+        "model": Path(settings.get("model") or "sandbox").name,
+        "seeds": list(range(seeds)),
+        "recipe": RECIPE,
+        "arms": dict(chosen),
+    }
     result = {
         "bench": "learning",
         "machine": {**machine(), "threads": 1},
@@ -218,6 +226,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--overrides", type=shlex.split, default=[], help="changes of the recipe for all arms: '--learning_rate 3e-4'"
     )
+    parser.add_argument(
+        "--model", choices=MODELS, default="sandbox", help="forgetful: leaves out keys (`tests.bench.forgetful`)"
+    )
     parser.add_argument("--tag", default="", help="end of the result's name, to keep it beside another setting's")
     parser.add_argument("--quick", action="store_true", help="two seeds of four steps: does it work at all?")
     parser.add_argument("--out", type=Path, help="folder (default tests/bench/results; a temporary one if quick)")
@@ -242,6 +253,8 @@ def _one(args: argparse.Namespace) -> None:
         seeds, folder = QUICK["seeds"], args.out or Path(tempfile.mkdtemp(prefix="learning-"))
     say("the sandbox's model: built and warm-started on first use")
     ensure_model()
+    if args.model == "forgetful":
+        sizes["model"] = ensure_forgetful(folder / "runs" / "forgetful")
     result = bench(chosen, seeds, folder, args.jobs, tag=args.tag, **sizes)
     sys.stdout.write(learning_report.markdown(result) + "\n")
 

@@ -1,4 +1,6 @@
-"""Learning benches of the methods for preference data: `python -m tests.bench.preference NAME --seeds 5 --out DIR`.
+"""Learning benches of methods for preference data, of loops and of pipelines:
+
+    python -m tests.bench.preference NAME --seeds 5 --out DIR
 
 Each bench trains every arm of one comparison for one seed and returns its numbers by arm. One JSON file for each holds
 all seeds, the interval of each number and of its paired difference to the first arm, and what became of the cards' claims.
@@ -22,6 +24,8 @@ from transformers import PrinterCallback  # noqa: E402 - after the environment i
 
 from tests.bench import preference_rounds as rounds  # noqa: E402
 from tests.bench.claims import outcome  # noqa: E402
+from tests.bench.dstc_model import dstc_arms  # noqa: E402
+from tests.bench.dual_play import pasodoble  # noqa: E402
 from tests.bench.stages import stages  # noqa: E402
 from trl_ext.build import build_trainer, few_threads, load_tokenizer, model_path  # noqa: E402
 from trl_ext.data import load_data  # noqa: E402
@@ -123,17 +127,47 @@ BENCHES: Mapping[str, Bench] = {
     ),
     "dno": Bench(
         rounds.dno,
+        (Claim("dno", "large-margin pairs beat all pairs at equal steps", "soft, large margin", "held_out_score/3"),),
+    ),
+    "kto_iterative": Bench(
+        rounds.kto,
         (
             Claim(
-                "dno",
-                "large-margin pairs beat all pairs at equal steps",
-                "soft, all pairs",
-                "held_out_score/3",
-                "below",
+                None,
+                "the policy of the third round beats the first model",
+                "kto",
+                "win_rate_over_start/3",
+                "above",
+                0.5,
             ),
+            Claim(None, "the third round still helps", "kto", "win_rate/3", "above", 0.5),
         ),
     ),
-    "kto_iterative": Bench(rounds.kto, ()),
+    "dstc": Bench(
+        dstc_arms,
+        (
+            Claim(None, "minimax: more right code than before", "minimax", "pass_at_1_gain", "above", 0.0),
+            Claim(
+                None,
+                "the same for instructions it did not learn from",
+                "minimax",
+                "pass_at_1_others_gain",
+                "above",
+                0.0,
+            ),
+            Claim(None, "more right code with minimax than with random pairs", "minimax", "pass_at_1"),
+            Claim(None, "minimax chooses right code more often than random", "minimax", "chosen_right"),
+        ),
+    ),
+    "pasodoble": Bench(
+        pasodoble,
+        (
+            Claim(None, "the Solver improves without labels", "online", "accuracy_gain", "above", 0.0),
+            Claim(None, "the pass rate moves towards the middle", "online", "from_middle", "below", 0.0),
+            Claim(None, "not more rounds are skipped late than early", "online", "skipped_drop", "not below", 0.0),
+            Claim(None, "diversity stays high", "online", "diversity_late", "above", 0.3),
+        ),
+    ),
     "stages": Bench(
         stages,
         (

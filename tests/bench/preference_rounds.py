@@ -39,18 +39,17 @@ def played(name: str, seed: int, steps: int | None, *overrides: str) -> dict[str
 
 
 def dno(seed: int, steps: int | None, eval_rows: int) -> Arms:
-    """Soft labels on large-margin pairs, hard ones on the same pairs, and soft ones on all pairs, at equal steps."""
+    """Soft labels and hard ones on all pairs that differ, and soft ones on large-margin pairs alone, at equal steps.
+
+    The recipe's rubric lets every pair through that differs (scores are 0, 1 or 2); a large margin is 2 against 0.
+    """
     hard = ("--methods.dno.variant", "prct", "--methods.dno.reward_scale", "1")
+    large = ("--loop.iterative.min_positive_score", "2", "--loop.iterative.student_margin", "2")
     return {
-        "soft, rubric": played("sandbox_dno", seed, steps),
-        "hard, rubric": played("sandbox_dno", seed, steps, *hard),
-        "soft, all pairs": played("sandbox_dno", seed, steps, "--loop.iterative.pairs", "all", *_without_rubric()),
+        "soft": played("sandbox_dno", seed, steps),
+        "hard": played("sandbox_dno", seed, steps, *hard),
+        "soft, large margin": played("sandbox_dno", seed, steps, *large),
     }
-
-
-def _without_rubric() -> tuple[str, ...]:
-    """The rubric's settings at their defaults, since `pairs: all` reads none of them."""
-    return ("--loop.iterative.min_positive_score", "5", "--loop.iterative.student_margin", "1")
 
 
 def nesterov(seed: int, steps: int | None, eval_rows: int) -> Arms:
