@@ -217,12 +217,18 @@ def judged(claim: Claim, found: Mapping[str, Any], first: str) -> dict[str, Any]
     return said | {"outcome": outcome(claim.expected, interval.low, interval.high, level)}
 
 
-def result(name: str, by_seed: Sequence[Arms], about: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is stored of a bench."""
+def result(name: str, by_seed: Sequence[Arms], about: Mapping[str, Any], tag: str = "") -> dict[str, Any]:
+    """All that is stored of a bench; `tag` tells it from the same bench with other settings."""
     found, first = summary(by_seed), next(iter(by_seed[0]))
     claims = [judged(claim, found, first) for claim in BENCHES[name].claims]
     about = {**about, "machine": machine()}
-    return {"bench": name, "about": about, "seeds": list(by_seed), "summary": found, "claims": claims}
+    return {
+        "bench": f"{name}{tag and ', '}{tag}",
+        "about": about,
+        "seeds": list(by_seed),
+        "summary": found,
+        "claims": claims,
+    }
 
 
 def main() -> None:
@@ -231,6 +237,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="optimizer steps (of a round); without it those of the recipe")
     parser.add_argument("--eval-rows", type=int, default=200, help="held-out problems, where no recipe says")
+    parser.add_argument("--tag", default="", help="end of the result's name, to keep it beside another setting's")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -239,7 +246,8 @@ def main() -> None:
         by_seed.append(BENCHES[args.bench].play(seed, args.steps, args.eval_rows))
         say(f"{args.bench}, seed {seed}: {json.dumps(by_seed[-1])}")
         about = {"steps": args.steps, "eval_rows": args.eval_rows}
-        write_json(args.out / f"preference_{args.bench}.json", result(args.bench, by_seed, about))
+        stored = args.out / f"preference_{args.bench}{args.tag and '_'}{args.tag}.json"
+        write_json(stored, result(args.bench, by_seed, about, args.tag))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from trl_ext.settings import read_yaml  # noqa: E402
 
 RECIPE = "sandbox_stages"
 ARMS = {"grpo": ("grpo",), "sft+grpo": ("sft", "grpo"), "sft+kto+grpo": ("sft", "kto", "grpo")}
-EVAL = {"rows": 100, "seed": 1_000_003}
+EVAL_SEED = 1_000_003
 REWARD = "rewards/answer_correct/mean"
 WINDOW = 3
 """Steps that are averaged: one rollout has 16 prompts, whose difficulty differs more than the policy of three steps."""
@@ -44,21 +44,27 @@ def reached(values: Sequence[float], level: float, window: int = WINDOW) -> int 
     return None
 
 
-def recipe_of(arm: str, seed: int, folder: Path) -> Path:
-    """The shipped recipe with the stages of one arm, all its seeds moved by `seed`."""
+def recipe_of(arm: str, seed: int, folder: Path, steps: int | None = None, eval_rows: int = 100) -> Path:
+    """The shipped recipe with the stages of one arm, all its seeds moved by `seed`; `steps` of GRPO unless None."""
     raw: dict[str, Any] = read_yaml(find_recipe(RECIPE).read_text())
     stages = {name: raw["stages"][name] for name in ARMS[arm]}
     for block in stages.values():
         block["dataset_options"]["seed"] += 10 * seed
+    stages["grpo"] |= {"max_steps": steps} if steps else {}
     path = folder / f"{arm.replace('+', '_')}_{seed}.yaml"
-    content = raw | {"stages": stages, "eval": EVAL, "seed": 42 + seed, "output_dir": str(folder / path.stem)}
+    content = raw | {
+        "stages": stages,
+        "eval": {"rows": eval_rows, "seed": EVAL_SEED},
+        "seed": 42 + seed,
+        "output_dir": str(folder / path.stem),
+    }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
-def run(arm: str, seed: int, folder: Path) -> dict[str, float]:
+def run(arm: str, seed: int, folder: Path, steps: int | None, eval_rows: int) -> dict[str, float]:
     """One chain: accuracy and validity at the end, and the GRPO steps to each level of `LEVELS` that was reached."""
-    result = run_pipeline(load_pipeline(str(recipe_of(arm, seed, folder))))
+    result = run_pipeline(load_pipeline(str(recipe_of(arm, seed, folder, steps, eval_rows))))
     out = Path(result.output_dir)
     state = json.loads((out / "pipeline.json").read_text())
     done = stage_run(out, f"{len(ARMS[arm])}_grpo")
@@ -66,11 +72,11 @@ def run(arm: str, seed: int, folder: Path) -> dict[str, float]:
     curve = files.series(files.read_log(done), REWARD)[1]
     scores = {measure: value["mean"] for measure, value in state["stages"][-1]["scores"].items()}
     found = {"accuracy": scores["accuracy"], "valid": scores["validity"]}
-    steps = {name: reached(curve, level) for name, level in LEVELS.items()}
-    return found | {name: float(step) for name, step in steps.items() if step is not None}
+    at = {name: reached(curve, level) for name, level in LEVELS.items()}
+    return found | {name: float(step) for name, step in at.items() if step is not None}
 
 
 def stages(seed: int, steps: int | None, eval_rows: int) -> dict[str, dict[str, float]]:
-    """The arms of one seed; steps and problems are the recipe's and `EVAL`'s."""
+    """The arms of one seed. `steps` are GRPO's, without it the recipe's."""
     with tempfile.TemporaryDirectory() as folder:
-        return {arm: run(arm, seed, Path(folder)) for arm in ARMS}
+        return {arm: run(arm, seed, Path(folder), steps, eval_rows) for arm in ARMS}

@@ -27,3 +27,9 @@ def test_the_arms_share_their_grpo_stage(tmp_path: Path) -> None:
     stages = load_pipeline(str(recipe_of("sft+kto+grpo", 0, tmp_path))).stages
     shipped = load_pipeline("sandbox_stages").stages
     assert [s.raw["dataset_options"] for s in stages] == [s.raw["dataset_options"] for s in shipped]
+
+
+def test_steps_are_grpos_and_rows_the_evaluations(tmp_path):
+    pipeline = load_pipeline(str(recipe_of("sft+grpo", 0, tmp_path, steps=8, eval_rows=30)))
+    assert [stage.recipe.training_args.max_steps for stage in pipeline.stages] == [10, 8]
+    assert pipeline.raw["eval"]["rows"] == 30
