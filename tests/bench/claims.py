@@ -101,8 +101,10 @@ def _variance_ratio(run: Run) -> float | None:
     return None if inside is None or not outside else inside / outside
 
 
-def _rl_struct(term: str) -> Metric:
-    return Metric(f"{term} term at the end", "%", tail(f"rewards/rl_struct_{term}/mean"), 100, 1)
+def _rl_struct(term: str, when: str = "at the end") -> Metric:
+    name = f"rewards/rl_struct_{term}/mean"
+    read = tail(name) if when == "at the end" else logged(name)
+    return Metric(f"{term} term {when}", "%", read, 100, 1)
 
 
 def _held_at(share: float) -> Any:
@@ -456,6 +458,8 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
         ),
         Claim("more required keys than without the struct term", _rl_struct("struct"), "above", "without struct"),
         Claim("more valid JSON than without the valid term", _rl_struct("valid"), "above", "without valid"),
+        Claim("more required keys while learning", _rl_struct("struct", "over the run"), "above", "without struct"),
+        Claim("more valid JSON while learning", _rl_struct("valid", "over the run"), "above", "without valid"),
     ),
 }
 """Method -> its card's claims ("What a user would see") as far as the sandbox can show them."""
