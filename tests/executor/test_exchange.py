@@ -25,6 +25,14 @@ def test_values_come_back_as_they_were(value):
     assert type(back) is type(value)
 
 
+def test_whole_numbers_of_any_length():
+    """Python refuses to write more than 4300 decimal digits, so no number may reach pytest's messages either."""
+    long = 10**5000
+    value = [long, -long, {long: range(long, 2 * long, 3)}, 2**64, -(2**64), 2**64 - 1]
+    same = decode(json.loads(json.dumps(encode(value)))) == value
+    assert same
+
+
 def test_the_base_travels_of_what_needs_a_class_or_a_function():
     point = collections.namedtuple("point", "x y")
     groups = collections.defaultdict(list, {"a": [point(1, 2)]})
@@ -101,6 +109,7 @@ def test_arguments_that_an_exception_left_changed():
         "args": [{"list": [1, 2]}],
     }
     assert answer(lambda xs: xs.append(object()), ([[1]], {}))["raised"] == "TypeError"
+    assert answer(lambda n, xs: xs.append(n), ([3], {"xs": [1]})) == {"value": None, "args": [None, {"list": [1, 3]}]}
 
 
 def test_an_exception_is_told_in_one_line():
@@ -136,7 +145,13 @@ CASES = {
     ),
     "recursion": ("def f(n): return f(n + 1)", "f(1)", False),
     "a deep value": ("def f():\n    x = []\n    for _ in range(10**5): x = [x]\n    return x", "f()", False),
-    "a huge number": ("def f(): return 10**6000", "assert f() > 0", False),
+    "huge numbers": ("def f(n): return n * 10**6000", "assert f(10**5000) == 10**11000", True),
+    "arguments by keyword are changed in place": (
+        "def f(n, xs, d):\n    xs.append(n)\n    d['n'] = len(xs)",
+        "a, d = [], {}\nf(3, d=d, xs=a)\nassert a == [3] and d == {'n': 1}",
+        True,
+    ),
+    "a value that fits no message": ("def f(): return [1] * 10**6", "assert f()", False),
     "no such function": ("def g(): return 1", "assert f() == 1", False),
     "the code does not load": ("1 / 0", "assert f() == 1", False),
     "the test does not parse": ("def f(): return 1", "assert f( == 1", False),

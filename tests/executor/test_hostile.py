@@ -228,6 +228,38 @@ def test_a_fork_bomb_ends_with_its_job(executor):
     assert gone(sandboxes)
 
 
+FILLING = {
+    "folders": "os.mkdir(f'd{n}')",
+    "files": "open(f'f{n}', 'w').close()",
+    "links": "os.symlink('x' * 4000, f's{n}')",
+    "hard links": "n or open('f', 'w').close(); os.link('f', f'l{n}')",
+    "folders in folders": "os.mkdir('d'); os.chdir('d')",
+}
+
+
+@pytest.mark.parametrize("kind", FILLING)
+def test_how_many_files_there_can_be_is_bounded(executor, kind):
+    """Each takes memory of the kernel that `memory_mb` and `disk_mb` do not count."""
+    if getattr(executor.isolation, "program", "") == "podman":
+        pytest.skip("podman refuses nr_inodes; its bound of memory counts them")
+    text = f"import os\nn = 0\ntry:\n    while n < 5000:\n        {FILLING[kind]}; n += 1\nexcept OSError: pass\nassert n < 300, n"
+    outcome = alone(executor, text, Limits(wall_s=20, files=300))
+    assert outcome.passed, outcome
+
+
+def test_the_bound_of_files_cannot_be_lifted(executor):
+    text = """
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        for flags, options in ((32, b"nr_inodes=100000"), (0, b"")):
+            assert libc.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, options) == -1, "it mounts"
+            assert ctypes.get_errno() == 1, ctypes.get_errno()
+        assert os.statvfs("/tmp").f_files == 1024
+        """
+    outcome = alone(executor, text)
+    assert outcome.passed, outcome
+
+
 def test_memory_is_bounded(executor):
     outcome = alone(executor, "x = bytearray(400 * 2**20)", Limits(wall_s=10, memory_mb=256))
     assert (outcome.passed, outcome.reason.split(":")[0]) == (False, "MemoryError")

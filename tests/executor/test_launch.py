@@ -16,7 +16,7 @@ from trl_ext.executor.isolation import Bubblewrap, Container, Launch, Unshare, f
 from trl_ext.executor.runner import Sandboxes, rlimits, roles
 
 PYTHON = Interpreter("/opt/py/bin/python3", ("/opt/py/bin/python3", "/usr", "/li b/x"), ("/usr/site-packages",))
-LIMITS = Limits(wall_s=4, cpu_s=3, memory_mb=100, processes=2, disk_mb=7, file_mb=5, open_files=20)
+LIMITS = Limits(wall_s=4, cpu_s=3, memory_mb=100, processes=2, disk_mb=7, files=900, file_mb=5, open_files=20)
 
 
 def as_user(monkeypatch, number):
@@ -33,8 +33,9 @@ def test_bubblewrap_for_a_user(monkeypatch):
         assert f"--unshare-{flag}" in argv
     for flag in ("--die-with-parent", "--new-session", "--clearenv"):
         assert flag in argv
-    assert "--cap-add" not in argv
     assert argv[argv.index("--cap-drop") + 1] == "ALL"
+    assert [argv[i + 1] for i, a in enumerate(argv) if a == "--cap-add"] == ["CAP_SYS_ADMIN"]
+    assert launch.remount == "nr_inodes=900"  # what the capability is for, until the sandbox gives it up
     bound = [tuple(argv[i + 1 : i + 3]) for i, a in enumerate(argv) if a in ("--ro-bind", "--bind", "--dev-bind")]
     assert bound == [(path, path) for path in PYTHON.files] + [("/dev/null", "/dev/null")]
     assert "--proc" not in argv
@@ -54,7 +55,11 @@ def test_bubblewrap_for_root_gets_a_user_of_its_own(monkeypatch):
     assert all(launch.uid is not None and launch.uid > 1000 for launch in launches)
     argv = launches[0].argv
     assert "--unshare-user" not in argv
-    assert [argv[i + 1] for i, a in enumerate(argv) if a == "--cap-add"] == ["CAP_SETUID", "CAP_SETGID"]
+    assert [argv[i + 1] for i, a in enumerate(argv) if a == "--cap-add"] == [
+        "CAP_SYS_ADMIN",
+        "CAP_SETUID",
+        "CAP_SETGID",
+    ]
 
 
 def test_free_user_is_within_what_is_mapped():
@@ -88,7 +93,7 @@ def test_the_mounts_are_quoted_and_read_only():
     script = mount_script(PYTHON, LIMITS)
     assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
     assert "'/li\\040b/x /mnt/li\\040b/x none bind,ro,nosuid,nodev 0 0'" in script
-    assert "size=7m,nr_inodes=1024,mode=1777,nosuid,nodev,noexec" in script
+    assert "size=7m,nr_inodes=900,mode=1777,nosuid,nodev,noexec" in script
     assert (
         script.index("mount --all")
         < script.index("remount,bind,ro")
@@ -136,6 +141,8 @@ def test_container():
     assert argv[-13:-8] == ["python:3.11-slim", "-s", "KILL", "64", "python3"]
     assert argv[-8:] == ["-s", "-S", "-B", "-X", "utf8", "-c", "SOURCE", "MARK"]
     assert launch.stop == ("podman", "rm", "--force", "MARK")
+    docker = Container(program="/usr/bin/docker").launch("SOURCE", LIMITS, "MARK").argv
+    assert "/tmp:rw,nosuid,nodev,noexec,mode=1777,size=7m,nr_inodes=900" in docker  # podman refuses it
 
 
 def test_limits_of_the_kernel():

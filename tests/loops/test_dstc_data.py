@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from datasets import Dataset, IterableDataset
 
+from tests.tiny import dpo_args, tiny_path, tiny_tokenizer
 from trl_ext.checkpoints import CheckpointError
 from trl_ext.data_sources import DataError
+from trl_ext.dpo import DPOConfig, DPOTrainer
 from trl_ext.executor import Limits, NoIsolation, make_executor
 from trl_ext.executor.base import Outcome
 from trl_ext.loops import LoopError, dstc_data, dstc_run, make_loop
+from trl_ext.loops.dstc_rows import Room, instructions, training_rows
 from trl_ext.loops.dstc_settings import Dstc
 from trl_ext.recipe import RecipeError, load_recipe
 from trl_ext.run import train
@@ -153,7 +157,7 @@ def test_a_run_is_asked_before_it_writes(tmp_path):
     """`trl_ext.run` calls this before the resolved recipe of a resumed run is written over."""
 
     def begun(folder, seed):
-        args = SimpleNamespace(output_dir=str(folder), seed=seed)
+        args = SimpleNamespace(output_dir=str(folder), seed=seed, max_length=None)
         LOOP.check_begun(SimpleNamespace(training_args=args), "m", SimpleNamespace(train=ROWS))
 
     begun(tmp_path, 1)
@@ -166,8 +170,87 @@ def test_a_run_is_asked_before_it_writes(tmp_path):
 
 def test_how_the_data_are_made_may_change(tmp_path):
     whole = built(tmp_path)
-    how = {"executor": "unshare", "at_once": 3, "vllm_server_base_url": "http://localhost:1"}
-    assert built(tmp_path, loop=dataclasses.replace(LOOP, **how)) == whole
+    assert built(tmp_path, loop=dataclasses.replace(LOOP, executor="unshare", at_once=3)) == whole
+
+
+def test_what_samples_may_not_change_but_its_address_may(tmp_path):
+    """vLLM and transformers draw different replies for a seed."""
+    built(tmp_path / "a")
+    served = dataclasses.replace(LOOP, vllm_server_base_url="http://localhost:1")
+    with pytest.raises(CheckpointError, match="backend was 'transformers', is 'vllm'"):
+        built(tmp_path / "a", loop=served)
+    whole = built(tmp_path / "b", loop=served)
+    assert built(tmp_path / "b", loop=dataclasses.replace(served, vllm_server_base_url="http://localhost:2")) == whole
+    for folder, backend in (("a", "transformers"), ("b", "vllm")):
+        (sample,) = lines_of(tmp_path / folder / "rounds/dstc/part-0001/samples.jsonl")
+        assert sample["backend"] == backend
+
+
+def through_trl(rows, folder, **changed):
+    """The token ids of each pair as our trainer's collator hands them to the model, without padding."""
+    config = DPOConfig(**dpo_args(str(folder), per_device_train_batch_size=1, **changed))
+    trainer = DPOTrainer(tiny_path(), args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+    for batch in trainer.get_train_dataloader():
+        yield [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def test_a_pair_that_the_trainer_would_cut_is_skipped(tmp_path):
+    (pair,) = through_trl(training_rows(built(tmp_path / "a"), False, 0), tmp_path / "t", max_length=None)
+    longest = max(map(len, pair))
+    loop = Dstc(executor="auto", num_codes=3, num_tests=4, generation_batch_size=4)
+
+    def build(folder, limit):
+        room = Room(tiny_tokenizer(), limit)
+        return dstc_data.build(ROWS, loop, Scripted(), InProcess(), str(folder), seed=0, model="m", room=room)
+
+    rows = training_rows(build(tmp_path / "b", longest), False, 0)
+    (kept,) = through_trl(rows, tmp_path / "t", max_length=longest)
+    assert [ids.tolist() for ids in kept] == [ids.tolist() for ids in pair]
+    with pytest.raises(DataError, match=r"no pair came out.*longer than max_length"):
+        build(tmp_path / "c", longest - 1)
+    report = json.loads((tmp_path / "c/rounds/dstc/report.json").read_text())
+    assert report["skipped"] == {"longer than max_length": 0.5, "no code passes a test": 0.5}
+    with pytest.raises(CheckpointError, match=f"max_length was {longest}, is {longest - 1}"):
+        build(tmp_path / "b", longest - 1)
+
+
+def test_settings_of_the_chat_template_are_kept(tmp_path):
+    """They shape what is sampled and what is trained on; a row without them gets none."""
+    template = {"chat_template_kwargs": {"enable_thinking": False}}
+    seen = []
+
+    class Noting(Scripted):
+        def sample(self, rows, n, drawing, seed):
+            seen.extend(row.get("chat_template_kwargs") for row in rows)
+            return super().sample(rows, n, drawing, seed)
+
+    def build(rows, folder):
+        return dstc_data.build(rows, LOOP, Noting(), InProcess(), str(folder), seed=0, model="m")
+
+    lines = build([{**row, **template} for row in ROWS], tmp_path / "a")
+    assert seen == [{"enable_thinking": False}] * 4
+    for kto in (False, True):
+        rows = training_rows([{**lines[0], "chat_template_kwargs": None}, *lines], kto, 0)
+        found = [row["chat_template_kwargs"]["enable_thinking"] for row in rows]
+        assert found.count(False) == found.count(None) == len(rows) // 2
+    assert "chat_template_kwargs" not in training_rows(build(ROWS, tmp_path / "b"), False, 0).column_names
+    with pytest.raises(CheckpointError, match="data was"):
+        build(ROWS, tmp_path / "a")
+    (pair,) = through_trl(training_rows(lines, False, 0), tmp_path / "t", max_length=None)
+    assert len(pair) == 2
+
+
+def test_tools_and_streams_are_refused(tmp_path):
+    tools = [{**ROWS[0], "tools": None}, {**ROWS[1], "tools": '[{"type": "function"}]'}]
+    with pytest.raises(DataError, match="row 1 has tools"):
+        instructions(tools, None)
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    assert isinstance(stream, IterableDataset)
+    args = SimpleNamespace(output_dir=str(tmp_path), seed=0, max_length=None)
+    recipe = SimpleNamespace(training_args=args)
+    with pytest.raises(DataError, match="set dataset_streaming: false"):
+        LOOP.check_begun(recipe, "m", SimpleNamespace(train=stream))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_pair_is_a_completion_of_the_instruction_and_not_of_the_question_for_code(tmp_path):
@@ -184,18 +267,18 @@ def test_codes_alone(tmp_path):
 
 def test_rows_for_the_trainers(tmp_path):
     lines = built(tmp_path)
-    (pair,) = dstc_data.training_rows(lines, kto=False, seed=0)
+    (pair,) = training_rows(lines, kto=False, seed=0)
     assert set(pair) == {"prompt", "chosen", "rejected"}
     assert pair["prompt"][-1]["content"].startswith("Task double.")
     assert pair["chosen"] == [{"role": "assistant", "content": lines[0]["chosen"]}]
     many = [{**lines[0], "index": i, "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
-    halves = dstc_data.training_rows(many, kto=True, seed=0)
+    halves = training_rows(many, kto=True, seed=0)
     assert set(halves.column_names) == {"prompt", "completion", "label"}
     texts = [row["completion"][0]["content"] for row in halves]
     assert sorted(texts) == sorted(f"{kind} {i}" for i in range(20) for kind in ("good", "bad"))
     assert all(row["label"] == text.startswith("good") for row, text in zip(halves, texts, strict=True))
     assert texts != [f"{kind} {i}" for i in range(20) for kind in ("good", "bad")]
-    assert texts == [row["completion"][0]["content"] for row in dstc_data.training_rows(many, kto=True, seed=0)]
+    assert texts == [row["completion"][0]["content"] for row in training_rows(many, kto=True, seed=0)]
 
 
 def test_no_pair_at_all(tmp_path):
@@ -206,11 +289,11 @@ def test_no_pair_at_all(tmp_path):
 @pytest.mark.parametrize("name", [None, "not a name", "", 3])
 def test_a_row_needs_its_entry_point(name):
     with pytest.raises(DataError, match="row 1 has entry_point"):
-        dstc_data.named([ROWS[0], {"prompt": [], "entry_point": name}], None)
+        instructions([ROWS[0], {"prompt": [], "entry_point": name}], None)
 
 
 def test_one_name_for_all():
-    assert [row["entry_point"] for row in dstc_data.named([ROWS[0], {"prompt": []}], "solve")] == ["solve", "solve"]
+    assert [row["entry_point"] for row in instructions([ROWS[0], {"prompt": []}], "solve")] == ["solve", "solve"]
     found = Dstc(executor="auto", entry_point="a b").check(args(), [], True)
     assert found == ["entry_point: 'a b' is no name of a function"]
 
@@ -300,6 +383,32 @@ def test_a_recipe_says_what_is_wrong(tmp_path):
     loaded = load_recipe(str(tmp_path / "recipe.yaml"), ["--loop.dstc.executor", "auto"])
     assert loaded.loop == Dstc(executor="auto")
     assert "10 codes and 10 tests" in loaded.loop.describe(loaded.training_args)
+
+
+def test_a_method_that_reads_a_column_is_refused_before_anything_is_sampled(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Add.", "entry_point": "add"}\n')
+    recipe = {"trainer": "dpo", "model_name_or_path": "sandbox", "dataset_name": str(tmp_path / "rows.jsonl")}
+    recipe |= {"bf16": False, "max_steps": 1, "loop": {"dstc": {"executor": "auto"}}, "loss_type": ["dno"]}
+
+    def load(variant):
+        text = yaml.safe_dump(recipe | {"methods": {"dno": {"variant": variant}}})
+        (tmp_path / "recipe.yaml").write_text(text)
+        return load_recipe(str(tmp_path / "recipe.yaml"))
+
+    with pytest.raises(RecipeError, match="loop: dstc: methods: dno reads the column win_margin"):
+        load("soft")
+    assert load("prct").plan.methods[0].variant == "prct"
+
+
+def test_the_real_recipe_names_the_function_and_has_room_for_its_pairs():
+    """512 tokens of prompt, a code, a test, and what stands around them."""
+    recipe = load_recipe("dstc_qwen2.5_coder_7b", ["--use_cpu", "true"])
+    loop, words = recipe.loop, [{"role": "user", "content": "Add two numbers."}]
+    (row,) = instructions([{"prompt": words}], loop.entry_point)
+    for template in (loop.train_prompt, loop.code_prompt, loop.test_prompt):
+        assert "`solve`" in dstc_data.asked(row, template)[0]["content"]
+    around = recipe.training_args.max_length - recipe.extra.max_prompt_tokens - 2 * loop.max_completion_length
+    assert around >= 100
 
 
 def test_the_schedule_is_that_of_the_pairs_whose_number_nobody_knows_yet(tmp_path):

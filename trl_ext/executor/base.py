@@ -15,8 +15,10 @@ class NoIsolation(RuntimeError):
 class Limits:
     """Bounds of one job; a job has at most two sandboxes, and each bound but `wall_s` holds for each of them.
 
-    With `processes` 1 nothing can be forked and no thread be started, so `memory_mb` bounds all memory of a sandbox;
-    with n > 1 it is up to n times that. `disk_mb` is the whole of what can be written, in memory, and goes with the job.
+    With `processes` 1 nothing can be forked and no thread be started, so `memory_mb` bounds what its process can allocate;
+    with n > 1 it is up to n times that. `disk_mb` is the whole of what files can hold, in memory; it goes with the job.
+    `files` is how many files, folders and links there can be, for each takes memory of the kernel (about 1 kB) whatever it
+    holds; podman cannot set it, and has its bound of memory count them.
     """
 
     wall_s: float = 5.0
@@ -24,6 +26,7 @@ class Limits:
     memory_mb: int = 512
     processes: int = 1
     disk_mb: int = 16
+    files: int = 1024
     file_mb: int = 4
     open_files: int = 32
     output_bytes: int = 65_536

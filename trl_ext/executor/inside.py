@@ -70,6 +70,8 @@ def confine(config):
     libc = ctypes.CDLL(None, use_errno=True)
     if config["old_root"] is not None:
         _checked(libc.umount2(config["old_root"].encode(), 2))  # MNT_DETACH
+    if config["remount"] is not None:  # MS_REMOUNT, NOSUID, NODEV, NOEXEC
+        _checked(libc.mount(None, config["folder"].encode(), None, 32 | 2 | 4 | 8, config["remount"].encode()))
     for name, value in config["rlimits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if config["uid"] is not None:
@@ -96,10 +98,13 @@ def encode(value):
     """A plain value as JSON can hold it. TypeError for any other.
 
     A named tuple goes as a tuple and a defaultdict as a dictionary: the other side has not their class, their function.
+    A long whole number goes in base 16, for Python refuses to write or read more than 4300 decimal digits.
     """
     kind = type(value)
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         kind = tuple
+    if kind is int and value.bit_length() > 64:
+        return {"int": hex(value)}
     if value is None or kind in (bool, int, float, str):
         return value
     if kind in (list, tuple, set, frozenset, collections.deque):
@@ -111,7 +116,7 @@ def encode(value):
     if kind is complex:
         return {"complex": [value.real, value.imag]}
     if kind is range:
-        return {"range": [value.start, value.stop, value.step]}
+        return {"range": [encode(bound) for bound in (value.start, value.stop, value.step)]}
     if hasattr(kind, "__next__"):
         return {"iter": [encode(item) for item in value]}
     raise TypeError(f"{kind.__name__} is no plain value")
@@ -130,13 +135,13 @@ def decode(data):
     if not isinstance(data, dict):
         return data
     ((kind, items),) = data.items()
-    if kind in ("complex", "range"):
-        return complex(*items) if kind == "complex" else range(*items)
+    if kind in ("int", "complex"):
+        return int(items, 16) if kind == "int" else complex(*items)
     if kind in _DICTIONARIES.values():
         items = [[decode(key), decode(item)] for key, item in items]
     elif kind not in ("bytes", "bytearray"):
         items = [decode(item) for item in items]
-    return _MAKERS[kind](items)
+    return range(*items) if kind == "range" else _MAKERS[kind](items)
 
 
 def told(error):
@@ -172,21 +177,30 @@ def serve(job, source, say):
         return say("broken " + told(error))
     say("ready")
     for line in source:
-        reply = json.dumps(answer(function, decode(json.loads(line))))
+        reply = answered(function, line)
         flush()
         say(reply)
     return None
 
 
+def answered(function, line):
+    """The line that answers a call."""
+    try:
+        return json.dumps(answer(function, decode(json.loads(line))))
+    except Exception as error:  # a value that JSON cannot hold, as one that is nested too deeply
+        return json.dumps(raised(error) | {"args": []})
+
+
 def answer(function, request):
-    """The function's value and its arguments afterwards, or what it raised."""
+    """The function's value and its arguments afterwards (those by keyword last), or what it raised."""
     args, kwargs = request
     try:
         reply = {"value": encode(function(*args, **kwargs))}
     except Exception as error:
         reply = raised(error)
     try:
-        return reply | {"args": [encode(a) if type(a) in _CHANGEABLE else None for a in args]}
+        left = (*args, *kwargs.values())
+        return reply | {"args": [encode(a) if type(a) in _CHANGEABLE else None for a in left]}
     except Exception as error:
         return raised(error) | {"args": []}
 
@@ -218,7 +232,7 @@ def stand_in(source, say, calls):
         calls.append(1)
         say("c" + json.dumps(encode([args, kwargs])))
         reply = json.loads(source.readline())
-        for mine, theirs in zip(args, reply["args"], strict=False):
+        for mine, theirs in zip((*args, *kwargs.values()), reply["args"], strict=False):
             update(mine, decode(theirs))
         if "raised" in reply:
             raise exception(reply["raised"], reply["text"])

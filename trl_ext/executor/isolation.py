@@ -1,7 +1,8 @@
 """Three ways to set up a sandbox, each as a command line. What runs in it gives up the rest by itself (`inside.py`).
 
 All three leave no network, no processes of others, an own host name and shared memory, a read-only root that holds the
-interpreter alone, one small folder in memory that can be written, and an empty environment.
+interpreter alone, one small folder in memory that can be written (in a container also 64 kB of /dev/shm), and an empty
+environment.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ _HIGHEST_USER = 2_000_000_000
 @dataclass(frozen=True)
 class Launch:
     """How to start a sandbox: `argv`, its environment (None: ours), the user to become, and how to `stop` it if a kill
-    of the started process does not do it. `old_root`: a mount that the sandbox must let go of."""
+    of the started process does not do it. `old_root`: a mount that the sandbox must let go of. `remount`: options that it
+    must give its folder in memory, before it gives up its privileges."""
 
     argv: tuple[str, ...]
     environment: dict[str, str] | None
     uid: int | None
     stop: tuple[str, ...] = ()
     old_root: str | None = None
+    remount: str | None = None
 
 
 class Isolation(Protocol):
@@ -80,13 +83,18 @@ class Bubblewrap:
     python: Interpreter | None = None
 
     def launch(self, source: str, limits: Limits, mark: str) -> Launch:
-        """The command line, in the order in which bwrap carries it out."""
+        """The command line, in the order in which bwrap carries it out.
+
+        bwrap's --size bounds what files hold, not how many there are: the sandbox adds that bound itself, for which it
+        has CAP_SYS_ADMIN, over its own namespaces alone, until it gives up its privileges.
+        """
         python, uid = self.python or find_interpreter(), own_user()
         argv = [self.program, "--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox"]
         argv += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
         argv += ["--unshare-user", "--uid", "65534", "--gid", "65534"] if uid is None else []
         argv += ["--cap-drop", "ALL"]
-        argv += [] if uid is None else ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        for name in ("CAP_SYS_ADMIN", *(() if uid is None else ("CAP_SETUID", "CAP_SETGID"))):
+            argv += ["--cap-add", name]
         for name, value in ENVIRONMENT.items():
             argv += ["--setenv", name, value]
         for folder in _above([*python.files, "/dev/null"]):
@@ -98,7 +106,7 @@ class Bubblewrap:
         argv += ["--dev-bind", "/dev/null", "/dev/null"]
         argv += ["--perms", "0777", "--size", str(limits.disk_mb * 2**20), "--tmpfs", FOLDER]
         argv += ["--remount-ro", "/", "--chdir", FOLDER, "--", python.executable, *_PYTHON, source, mark]
-        return Launch(tuple(argv), {"PATH": os.defpath}, uid)
+        return Launch(tuple(argv), {"PATH": os.defpath}, uid, remount=f"nr_inodes={limits.files}")
 
 
 def _above(paths: Sequence[str]) -> list[str]:
@@ -121,7 +129,7 @@ def mount_script(python: Interpreter, limits: Limits) -> str:
     table += [f"tmpfs {_ROOT}{_escaped(path)} tmpfs ro,size=4k,nosuid,nodev,noexec 0 0" for path in python.hidden]
     table += [f"/dev/null {_ROOT}/dev/null none bind,nosuid,noexec 0 0"]
     table += [
-        f"tmpfs {_ROOT}{FOLDER} tmpfs size={limits.disk_mb}m,nr_inodes=1024,mode=1777,nosuid,nodev,noexec 0 0",
+        f"tmpfs {_ROOT}{FOLDER} tmpfs size={limits.disk_mb}m,nr_inodes={limits.files},mode=1777,nosuid,nodev,noexec 0 0",
     ]
     lines = [f"mount -t tmpfs -o size=1m,mode=755,nosuid,nodev tmpfs {_ROOT}", f"cd {_ROOT}"]
     lines += ["mkdir -p " + " ".join(shlex.quote(f".{folder}") for folder in sorted(folders))]
@@ -175,6 +183,9 @@ class Container:
         """The user is the container's, not this process's to give; a kill of the client would leave the container.
 
         `timeout`, first in the container, ends it if this process was killed.
+
+        docker's daemon passes nr_inodes on to the kernel; podman knows no such option and refuses it. There the number
+        of files is bounded by the container's memory, which counts the kernel's part too. Both untested by us.
         """
         user, memory = free_user("0 0 65536"), f"{limits.memory_mb + limits.disk_mb}m"
         argv = [
@@ -192,7 +203,9 @@ class Container:
         argv += ["--network", "none", "--ipc", "private", "--read-only", "--user", f"{user}:{user}"]
         argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         argv += ["--memory", memory, "--memory-swap", memory, "--pids-limit", str(limits.processes + 2), "--cpus", "1"]
-        argv += ["--tmpfs", f"{FOLDER}:rw,nosuid,nodev,noexec,mode=1777,size={limits.disk_mb}m", "--workdir", FOLDER]
+        folder = f"{FOLDER}:rw,nosuid,nodev,noexec,mode=1777,size={limits.disk_mb}m"
+        folder += "" if Path(self.program).name == "podman" else f",nr_inodes={limits.files}"
+        argv += ["--tmpfs", folder, "--workdir", FOLDER]
         argv += ["--shm-size", "64k", "--log-driver", "none"]
         for name, value in ENVIRONMENT.items():
             argv += ["--env", f"{name}={value}"]

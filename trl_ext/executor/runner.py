@@ -73,9 +73,9 @@ class Sandbox:
         except FileNotFoundError as error:
             raise NoIsolation(f"there is no program {launch.argv[0]}") from error
         box = cls(launch, process, limits)
-        own = {"uid": launch.uid, "old_root": launch.old_root, "folder": FOLDER, "environment": ENVIRONMENT}
+        own = {"uid": launch.uid, "old_root": launch.old_root, "remount": launch.remount, "folder": FOLDER}
         with contextlib.suppress(Ended):  # `confined` says why it ended
-            await box.give(rlimits=rlimits(limits), **own)
+            await box.give(rlimits=rlimits(limits), environment=ENVIRONMENT, **own)
         return box
 
     async def give(self, **values: Any) -> None:

@@ -6,15 +6,15 @@
                          pairs.jsonl    the selection and the pair, or why there is none
     rounds/dstc/report.json             the numbers of the build
 
-A part is some instructions that are sampled together. Each file appears whole, so a run that stopped goes on after it.
+A part is some instructions that are sampled together. Each file appears whole, so a run that stopped goes on after it. A
+pair that the trainer would cut at max_length is left out, for without its test or the end of it its label need not hold.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,36 @@ from datasets import Dataset
 from trl_ext.data_sources import DataError
 from trl_ext.executor import Executor, Job
 from trl_ext.loops import dstc
+from trl_ext.loops.building import prompt_of
+from trl_ext.loops.dstc_rows import Room, instructions
 from trl_ext.loops.dstc_settings import Dstc
 from trl_ext.loops.round_files import ROUNDS, RoundFolder, check_settings, compare_settings, digest
 from trl_ext.loops.sampling import Drawing, Sampler
 
 Line = dict[str, Any]
 Row = Mapping[str, Any]
+TOO_LONG = "longer than max_length"
 HOW = ("executor", "at_once", "vllm_server_base_url")
-"""Settings that say how the data are made, not which: a resumed run may change them."""
+"""Settings that say how the data are made, not which: a resumed run may change them. Of the address only whether there
+is one decides: vLLM and transformers draw other replies."""
 
 
 def build(
-    rows: Sequence[Row], loop: Dstc, sampler: Sampler, executor: Executor, folder: str, seed: int, model: str
+    data: Sequence[Row] | Dataset,
+    loop: Dstc,
+    sampler: Sampler,
+    executor: Executor,
+    folder: str,
+    seed: int,
+    model: str,
+    room: Room = Room(),
 ) -> list[Line]:
     """One line for each instruction: its pair or why it has none. `folder` is the run's.
 
-    Raises DataError when a row has no entry point or no pair comes out, CheckpointError for another build in `folder`.
+    Raises DataError as `instructions`, or when no pair comes out, CheckpointError for another build in `folder`.
     """
-    rows = named(rows, loop.entry_point)
-    check_settings(folder, _settings(loop, seed, model, rows))
+    rows = instructions(data, loop.entry_point)
+    check_settings(folder, _settings(loop, seed, model, rows, room.limit))
     place, found, judged = Path(folder) / ROUNDS / loop.name, [], []
     size = max(1, loop.generation_batch_size // max(loop.num_codes, loop.num_tests))
     for number, start in enumerate(range(0, len(rows), size)):
@@ -49,7 +60,7 @@ def build(
         key = f"{seed}/dstc/{number + 1}"
         samples = files.lines("samples", lambda: sampled(part, start, loop, sampler, key, model))  # noqa: B023
         results = files.lines("results", lambda: executed(samples, loop, executor))  # noqa: B023
-        found += files.lines("pairs", lambda: selected(part, results, loop, key))  # noqa: B023
+        found += files.lines("pairs", lambda: selected(part, results, loop, key, room))  # noqa: B023
         judged += results
     numbers = report(judged, found, loop)
     RoundFolder(place).value("report", lambda: numbers)
@@ -58,28 +69,26 @@ def build(
     return found
 
 
-def check_begun(rows: Iterable[Row], loop: Dstc, folder: str, seed: int, model: str) -> None:
-    """Raises CheckpointError when `folder` has a build with other settings or rows. Writes nothing."""
-    compare_settings(folder, _settings(loop, seed, model, named(list(rows), loop.entry_point)))
+def check_begun(
+    data: Sequence[Row] | Dataset, loop: Dstc, folder: str, seed: int, model: str, limit: int | None = None
+) -> None:
+    """Raises CheckpointError when `folder` has a build with other settings or rows, DataError as `instructions`.
+
+    `limit`: the trainer's max_length. Writes nothing.
+    """
+    compare_settings(folder, _settings(loop, seed, model, instructions(data, loop.entry_point), limit))
 
 
-def _settings(loop: Dstc, seed: int, model: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _settings(loop: Dstc, seed: int, model: str, rows: Sequence[Row], limit: int | None) -> dict[str, Any]:
     kept = {key: value for key, value in dataclasses.asdict(loop).items() if key not in HOW}
-    data = digest([row["prompt"], row["entry_point"]] for row in rows)
-    return kept | {"loop": loop.name, "seed": seed, "model": model, "rows": len(rows), "data": data}
+    kept |= {"loop": loop.name, "backend": loop.backend, "seed": seed, "model": model, "max_length": limit}
+    data = digest([prompt_of(row), row["entry_point"]] for row in rows)
+    return kept | {"rows": len(rows), "data": data}
 
 
-def named(rows: Sequence[Row], entry_point: str | None) -> list[Row]:
-    """The rows, all with that entry point unless it is None. DataError for a row without the name of a function."""
-    rows = [row if entry_point is None else {**row, "entry_point": entry_point} for row in rows]
-    for number, row in enumerate(rows):
-        name = row.get("entry_point")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise DataError(
-                f"dstc: row {number} has entry_point {name!r}; every instruction needs the name of the function that solves "
-                "it. Map the column in the recipe, e.g. columns: {entry_point: theirs}, or set the loop's entry_point"
-            )
-    return rows
+def _asked(row: Row, template: str) -> Line:
+    """What is sampled for, or trained on: the prompt in the template and what the chat template is called with."""
+    return prompt_of(row) | {"prompt": asked(row, template)}
 
 
 def asked(row: Row, template: str) -> list[dict[str, str]]:
@@ -92,14 +101,11 @@ def asked(row: Row, template: str) -> list[dict[str, str]]:
 def sampled(rows: Sequence[Row], start: int, loop: Dstc, sampler: Sampler, seed: str, model: str) -> list[Line]:
     """J codes and K tests for each row."""
     drawing = Drawing(loop.temperature, loop.top_p, loop.max_completion_length, loop.generation_batch_size)
-    codes = sampler.sample(
-        [{"prompt": asked(r, loop.code_prompt)} for r in rows], loop.num_codes, drawing, f"{seed}/c"
-    )
-    tests = sampler.sample(
-        [{"prompt": asked(r, loop.test_prompt)} for r in rows], loop.num_tests, drawing, f"{seed}/t"
-    )
+    codes = sampler.sample([_asked(r, loop.code_prompt) for r in rows], loop.num_codes, drawing, f"{seed}/c")
+    tests = sampler.sample([_asked(r, loop.test_prompt) for r in rows], loop.num_tests, drawing, f"{seed}/t")
+    who = {"model": model, "backend": loop.backend, "seed": seed}
     return [
-        {"index": start + i, "entry_point": row["entry_point"], "model": model, "seed": seed, "codes": c, "tests": t}
+        {"index": start + i, "entry_point": row["entry_point"], **who, "codes": c, "tests": t}
         for i, (row, c, t) in enumerate(zip(rows, codes, tests, strict=True))
     ]
 
@@ -136,17 +142,20 @@ def job(code: str, test: str, entry_point: str, judging: str) -> Job:
     return Job(code, test, entry_point) if judging == "separate" else Job(f"{code}\n\n{test}\n")
 
 
-def selected(rows: Sequence[Row], results: Sequence[Line], loop: Dstc, seed: str) -> list[Line]:
+def selected(rows: Sequence[Row], results: Sequence[Line], loop: Dstc, seed: str, room: Room) -> list[Line]:
     """The pair of each line, with the sums of the tests in it, or the reason for none."""
-    return [_selected(row, line, loop, f"{seed}/{line['index']}") for row, line in zip(rows, results, strict=True)]
+    pairs = zip(rows, results, strict=True)
+    return [_selected(row, line, loop, f"{seed}/{line['index']}", room) for row, line in pairs]
 
 
-def _selected(row: Row, line: Line, loop: Dstc, seed: str) -> Line:
-    kept = {"index": line["index"], "prompt": asked(row, loop.train_prompt), "how": loop.selection}
+def _selected(row: Row, line: Line, loop: Dstc, seed: str, room: Room) -> Line:
+    kept = {"index": line["index"], **_asked(row, loop.train_prompt), "how": loop.selection}
     results = line["results"] if line["tests"] else [[] for _ in line["codes"]]
     try:
         found = dstc.select(results, loop.selection, loop.require_gap, seed)
         chosen, rejected = dstc.pair_texts(line["codes"], line["tests"], found, loop.concat)
+        if not (room.holds(kept, chosen) and room.holds(kept, rejected)):
+            raise dstc.Skipped(TOO_LONG)
     except dstc.Skipped as reason:
         return {**kept, "skipped": str(reason)}
     a, b = dstc.code_sums(results), dstc.test_sums(results)
@@ -159,23 +168,6 @@ def _selected(row: Row, line: Line, loop: Dstc, seed: str) -> Line:
         "code_sums": [a[found.chosen_code], a[found.rejected_code]],
         "test_sums": [b[found.chosen_test], b[found.rejected_test]],
     }
-
-
-def training_rows(lines: Sequence[Line], kto: bool, seed: int) -> Dataset:
-    """A pair for each line that has one; for KTO two labelled rows, shuffled, since TRL reads them in order."""
-    pairs = [line for line in lines if line["skipped"] is None]
-    if not kto:
-        rows = [{"prompt": p["prompt"], "chosen": _said(p["chosen"]), "rejected": _said(p["rejected"])} for p in pairs]
-        return Dataset.from_list(rows)
-    halves = [(p, key) for p in pairs for key in ("chosen", "rejected")]
-    random.Random(f"dstc/{seed}").shuffle(halves)
-    return Dataset.from_list(
-        [{"prompt": p["prompt"], "completion": _said(p[key]), "label": key == "chosen"} for p, key in halves]
-    )
-
-
-def _said(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
 
 
 def report(results: Sequence[Line], lines: Sequence[Line], loop: Dstc) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from trl_ext.build import build_trainer, model_init_kwargs
 from trl_ext.data import Data
 from trl_ext.executor import NoIsolation, make_executor
 from trl_ext.loops import dstc_data
+from trl_ext.loops.dstc_rows import Room, training_rows
 from trl_ext.loops.dstc_settings import Dstc
 from trl_ext.loops.sampling import Sampler, TransformersSampler, VllmSampler, vllm_client
 from trl_ext.quantized import keep_trainable
@@ -33,9 +34,10 @@ def dstc_trainer(recipe: Recipe, model: str, tokenizer: Any, data: Data) -> Any:
         raise RecipeError(str(recipe.path), [f"loop: dstc: executor: {error}"]) from error
     # Not loaded yet: a build that is whole on disk needs no second model.
     sampler = _Late(recipe, model, tokenizer, loop)
-    lines = dstc_data.build(list(data.train), loop, sampler, executor, args.output_dir, args.seed, model)
+    room = Room(tokenizer, args.max_length)
+    lines = dstc_data.build(data.train, loop, sampler, executor, args.output_dir, args.seed, model, room)
     sampler.drop()
-    rows = dstc_data.training_rows(lines, recipe.trainer == "kto", args.seed)
+    rows = training_rows(lines, recipe.trainer == "kto", args.seed)
     plain = dataclasses.replace(recipe, loop=None)
     return build_trainer(plain, model, tokenizer, Data(rows, None, None, len(rows), 0))
 
@@ -58,7 +60,7 @@ class _Late:
     def _make(self) -> Sampler:
         device = self.recipe.training_args.device
         model = self._loaded(device).eval()
-        if self.loop.vllm_server_base_url is None:
+        if self.loop.vllm_server_base_url is None:  # `Dstc.backend`
             return TransformersSampler(model, self.tokenizer)
         return VllmSampler(model, self.tokenizer, vllm_client(self.loop.vllm_server_base_url, device))
 

@@ -12,6 +12,7 @@ from trl_ext.executor.choice import AUTO
 from trl_ext.loops.base import LoopSettings
 from trl_ext.loops.dstc import SELECTIONS
 from trl_ext.method import param
+from trl_ext.plan import make_plan
 
 OFF = "none"
 """Not `off`, which YAML reads as false."""
@@ -92,11 +93,18 @@ class Dstc(LoopSettings):
         """Bounds of one run."""
         return Limits(wall_s=self.exec_timeout_s, cpu_s=max(1, round(self.exec_timeout_s)), memory_mb=self.memory_mb)
 
+    @property
+    def backend(self) -> str:
+        """What samples; the replies depend on it."""
+        return "transformers" if self.vllm_server_base_url is None else "vllm"
+
     def check_begun(self, recipe: Any, model: str, data: Any) -> None:
-        """The loop's settings that decide the pairs, the seed, the model and the rows."""
+        """The loop's settings that decide the pairs, the seed, the model, the rows and max_length. DataError for a stream,
+        and for rows that it cannot use."""
         from trl_ext.loops.dstc_data import check_begun  # here, since it loads the samplers
 
-        check_begun(data.train, self, recipe.training_args.output_dir, recipe.training_args.seed, model)
+        args = recipe.training_args
+        check_begun(data.train, self, args.output_dir, args.seed, model, args.max_length)
 
     def check(self, args: Any, rewards: Sequence[str], peft: bool, tools: bool = False) -> list[str]:
         """Problems of these settings with the trainer's configuration, each with the key that fixes it."""
@@ -112,7 +120,7 @@ class Dstc(LoopSettings):
             "eval_strategy: set it to no; the data set holds instructions, not pairs": evaluates,
             "runs in one process: start it without accelerate or torchrun": args.world_size > 1,
         }
-        found = [message for message, wrong in rules.items() if wrong]
+        found = [message for message, wrong in rules.items() if wrong] + _column_problems(args)
         both = ("prompt", "entry_point")
         for key, needed in {"code_prompt": both, "test_prompt": both, "train_prompt": ("prompt",)}.items():
             found += [f"{key}: {problem}" for problem in _template_problems(getattr(self, key), needed)]
@@ -127,6 +135,17 @@ class Dstc(LoopSettings):
             f"each); {self.selection} makes {'two labelled rows' if kto else 'one pair'} of "
             f"{'code and test' if self.concat else 'codes'}, or skips the instruction"
         )
+
+
+def _column_problems(args: Any) -> list[str]:
+    """Methods that read a column which the pairs made here do not have."""
+    plan = make_plan(getattr(args, "methods", None), "kto" if hasattr(args, "desirable_weight") else "dpo")
+    return [
+        f"methods: {method.name} reads the column {' and '.join(columns)}, which the pairs made here do not have; take a "
+        "variant of it that reads none, or remove it"
+        for method in plan.methods
+        if (columns := method.pair_columns())
+    ]
 
 
 def _template_problems(template: str, needed: Sequence[str]) -> list[str]:
