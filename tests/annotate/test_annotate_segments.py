@@ -70,9 +70,9 @@ def test_a_long_line_without_sentence_ends_stays_whole():
     "text", ["." * 1_000_000, ".)" * 500_000, ". " * 500_000, "\n" * 1_000_000, " " * 1_000_000, ".)))))))" * 100_000]
 )
 def test_segment_is_linear(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(a < b for a, b in segment(text))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_plain_text_alignment_is_exact():
@@ -192,9 +192,9 @@ def test_any_pieces_and_any_text_give_monotone_offsets():
 @pytest.mark.parametrize("piece", ["a", "\ufffd", "x\ufffd", "", "zz", " "])
 def test_alignment_is_linear(piece):
     text = "a" * 50_000 + "é" * 50_000
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(token_offsets([0] * 100_000, lambda _: piece, text)) == 100_000
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 OFFSETS = [(0, 2), (2, 3), (3, 6), (6, 6), (6, 9), (9, 12)]

