@@ -19,9 +19,10 @@ from trl_ext.run_facts import PublishError, is_hub_name
 def wish_of(recipe: Recipe) -> hub.Wish | None:
     """What the recipe asks to publish, None for nothing; TRL's own uploads are off afterwards. Raises RecipeError."""
     args, extra = recipe.training_args, recipe.extra
+    token, args.hub_token = args.hub_token, None  # the arguments are pickled into the folder
     if not args.push_to_hub:
         return None
-    token, args.push_to_hub, args.hub_token = args.hub_token, False, None  # the arguments are pickled into the folder
+    args.push_to_hub = False
     problems = []
     if recipe.values.get("hub_strategy", "end") not in ("end", None):
         problems.append(

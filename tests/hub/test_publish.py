@@ -364,6 +364,13 @@ def test_push_to_hub_publishes_once_at_the_end_and_no_checkpoint(
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
+def test_a_token_that_is_not_asked_for_is_not_kept(tmp_path: Path) -> None:
+    assert main(["train", recipe(tmp_path, hub_token=TOKEN, max_steps=1)]) == 0
+    written = [path for path in (tmp_path / "my-run").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in written)
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
+
+
 def test_a_push_that_fails_leaves_a_finished_run(
     hub: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
