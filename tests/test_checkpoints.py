@@ -122,7 +122,7 @@ def test_save_only_model_writes_no_state(tmp_path):
 def test_buffer_is_saved_inside_a_window_only(tmp_path):
     train(tmp_path, steps_per_generation=2, max_steps=2)
     assert checkpoints.load(tmp_path / "checkpoint-1/rollout_0.pt")["buffer"] is not None
-    assert checkpoints.load(tmp_path / "checkpoint-2/rollout_0.pt") == {"step": 2, "buffer": None}
+    assert checkpoints.load(tmp_path / "checkpoint-2/rollout_0.pt") == {"step": 2, "buffer": None, "rewards": []}
 
 
 def test_loading_executes_nothing(tmp_path):

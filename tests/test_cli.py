@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ SHIPPED = [  # pipelines are planned in tests/loops/test_stages.py
     for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     if "\nstages:" not in path.read_text()
 ]
-FAIL_AT: dict[str, int | type[BaseException]] = {"call": 0, "with": RuntimeError}
+FAIL_AT: dict[str, Any] = {"call": 0, "with": RuntimeError}
 CALLS = {"count": 0}
 
 
@@ -31,7 +33,7 @@ def shaky(completions: list, **kwargs: object) -> list[float]:
     """`letters_reward` that raises at call number FAIL_AT["call"]."""
     CALLS["count"] += 1
     if CALLS["count"] == FAIL_AT["call"]:
-        raise FAIL_AT["with"]("the disk of the judge is full")  # type: ignore[operator]
+        raise FAIL_AT["with"]("the disk of the judge is full")
     return letters_reward(completions)
 
 
@@ -104,6 +106,44 @@ def test_train_then_a_second_run_then_a_failed_one_that_is_resumed(
     assert main(["train", path, "--resume"]) == cli.USAGE_ERROR
     error = capsys.readouterr().err
     assert "nothing to resume" in error and f"{second} is finished" in error
+
+
+def test_what_fails_between_two_checkpoints_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, save_steps=100)
+    assert main(["train", path]) == 0
+    CALLS["count"], FAIL_AT["call"] = 0, 3
+    assert main(["train", path]) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert "the disk of the judge is full" in error and "Traceback" not in error
+    assert f"Continue from {tmp_path}/run-2/checkpoint-2 with: trl-ext train {path} --resume" in error
+    assert main(["train", path, "--resume"]) == 0
+    uninterrupted, resumed = adapter(tmp_path / "run"), adapter(tmp_path / "run-2")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_a_reward_that_hangs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FAIL_AT.update({"call": 2, "with": hang})
+    assert main(["train", recipe(tmp_path, save_steps=100), "--reward_seconds", "0.5"]) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert "reward 'shaky' did not return within 0.5 seconds (reward_seconds)" in error and "Traceback" not in error
+    assert f"Continue from {tmp_path}/run/checkpoint-1" in error
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["reward_seconds"] == 0.5
+
+
+def hang(said: str) -> Exception:
+    time.sleep(60)
+    return RuntimeError(said)
+
+
+def test_an_endpoint_that_is_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RODS asks it for rows at the end of an epoch of its pool, which is four rollouts of two."""
+    endpoint = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "retries": 0, "judge": False}
+    rods = {"synthesizer": endpoint, "evaluation": [], "low": 0.0, "high": 1.0, "retire": 1.0, "budget": 2}
+    path = recipe(tmp_path, save_steps=100, max_steps=8, methods={"rods": rods})
+    assert main(["train", path]) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert "rods: no new rows can be made" in error and "Traceback" not in error
+    assert f"Continue from {tmp_path}/run/checkpoint-4" in error
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +220,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
             ["--columns.answer", "problem", "--rewards", "math_correct", "--per_device_train_batch_size", "64"],
             "has 8 rows",
         ),
-        (["--rewards", "tests.test_cli.none_at_all"], "returned None for all 8 completions"),
         (["--rewards", "tests.test_cli.too_short"], "returned 1 values for 8 completions"),
         (["--rewards", "tests.test_cli.not_a_number"], "gave nan for row 0. Its completion: "),
         (["--model_name_or_path", "nobody/nothing"], "model_name_or_path: cannot load 'nobody/nothing'"),
@@ -193,10 +232,6 @@ def test_an_error_for_the_user_is_one_plain_message(
     assert main(["train", recipe(tmp_path), *words]) == cli.USAGE_ERROR
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-
-
-def none_at_all(completions: list, **kwargs: object) -> list[None]:
-    return [None] * len(completions)
 
 
 def too_short(completions: list, **kwargs: object) -> list[float]:

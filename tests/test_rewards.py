@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import warnings
 
 import pytest
 import torch
 
 from trl_ext.rewards import REWARDS, RewardError, checked, make_reward
+from trl_ext.rewards.checked import PATIENCE, columns_of, unchecked
 from trl_ext.rewards.math import make_math_correct
-from trl_ext.rewards.registry import columns_of
 
 LONG = "x" * 500
 
@@ -65,15 +67,48 @@ def test_a_reward_that_raises_names_itself_and_keeps_its_cause() -> None:
     assert "'hello'" in str(caught.value)
 
 
-def test_none_for_a_whole_batch_is_refused_until_something_was_judged() -> None:
-    values: list = [None, None]
-    reward = checked(lambda completions, **kwargs: values)
-    with pytest.raises(RewardError, match=r"None for all 2 completions.*columns"):
-        reward(completions=["a", "b"])
-    values = [None, 1.0]
-    assert reward(completions=["a", "b"]) == [None, 1.0]
-    values = [None, None]
-    assert reward(completions=["a", "b"]) == [None, None], "a batch may hold no row of this reward's task"
+def test_none_for_a_whole_batch_is_refused_where_the_column_is_missing() -> None:
+    reward = make_reward("math_correct")
+    with pytest.raises(
+        RewardError, match=r"'math_correct' returned None .* lacks the column it reads: answer or solution"
+    ):
+        reward(completions=["a", "b"], problem=["1", "2"])
+
+
+def test_a_batch_may_hold_no_row_of_a_reward() -> None:
+    """Of a mixed data set, on one process, in the first batches, or after a restart; said once if it goes on."""
+    reward, other = make_reward("math_correct"), make_reward("math_correct")
+    none = {"completions": ["a", "b"], "answer": [None, None]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(PATIENCE - 1):
+            assert reward(**none) == other(**none) == [None, None]
+        assert reward(completions=["a", "4"], answer=[None, "4"]) == [None, 1.0]
+        for _ in range(2 * PATIENCE):
+            assert reward(**none) == [None, None]
+    with pytest.warns(UserWarning, match=r"first 10 batches.*stands in answer or solution be read.*`columns`"):
+        other(**none)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other(**none)
+
+
+def test_unchecked_takes_off_our_wrapper_alone() -> None:
+    def mine(completions: list, **kwargs: object) -> list:
+        return [None, None]
+
+    @functools.wraps(mine)
+    def timed(completions: list, **kwargs: object) -> list:
+        return [0.5, 0.5]
+
+    ours = checked(timed)
+    assert unchecked(ours) is timed and unchecked(timed) is timed and unchecked(mine) is mine
+
+    @functools.wraps(ours)
+    def around(completions: list, **kwargs: object) -> list:
+        return [1.0, 1.0]
+
+    assert unchecked(around) is around and unchecked(checked(around)) is around
 
 
 def test_an_async_reward_stays_async_and_is_checked() -> None:

@@ -122,11 +122,13 @@ class StopsInside(Chooser):
         return super().choose_prompts(draw)
 
 
-def test_inside_a_step_there_is_nothing_whole_to_save(train, tmp_path):  # noqa: F811
+def test_inside_a_step_the_last_whole_one_is_saved(train, tmp_path):  # noqa: F811
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
     with pytest.raises(Unavailable):
         train(StopsInside, max_steps=4, **sizes)
-    assert checkpoints.last_whole(tmp_path) is None
+    saved = checkpoints.last_whole(tmp_path)
+    assert saved == str(tmp_path / "checkpoint-1")
+    assert checkpoints.load(f"{saved}/{checkpoints.METHODS_FILE}")["states"] == {"probe": {"calls": 2}}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a checkpoint of ours holds beside TRL's files, and which checkpoint is whole.
 
-`methods.pt`: {"names", "states", "snapshots"}; `rollout_RANK.pt`: the micro-batch counter and, inside a generation
-window, the buffered micro-batches. Both are written before TRL writes, so that they are part of a hub push, and read
-with `weights_only=True`.
+`methods.pt`: {"names", "states", "snapshots"}; `rollout_RANK.pt`: the micro-batch counter, the state of reward functions
+(`trl_ext.rewards.stateful`) and, inside a generation window, the buffered micro-batches. Both are written before TRL
+writes, so that they are part of a hub push, and read with `weights_only=True`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Each function returns messages that name the setting or flag to change; an empty
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -99,3 +99,34 @@ def reward_named(setup: Setup, wanted: str | None, setting: str, what: str | Non
 def others_that(setup: Setup, name: str, *hooks: str) -> list[str]:
     """Other methods of the plan that change any of `hooks` with their settings, in the order of the recipe."""
     return [m.name for m in setup.built if m.name != name and any(overrides(m, hook) for hook in hooks)]
+
+
+def needs_groups(rewards: Iterable[tuple[str, Any]]) -> dict[str, int]:
+    """(name, reward function) -> those that compare a prompt's completions, and the number of these that they need."""
+    return {
+        name: reward.needs_group for name, reward in rewards if isinstance(getattr(reward, "needs_group", None), int)
+    }
+
+
+def groups_too_small(setup: Setup) -> list[str]:
+    """Rewards that compare more completions of a prompt than training or evaluation makes."""
+    args = setup.args
+    sizes = {"num_generations": args.num_generations}
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        sizes["num_generations_eval"] = args.num_generations_eval or args.num_generations
+    return [
+        f"{name}: compares at least {least} completions of a prompt, and {flag} is {size}; raise it, or set the reward's "
+        "normalize to running_z or none"
+        for name, least in setup.group_rewards.items()
+        for flag, size in sizes.items()
+        if size < least
+    ]
+
+
+def parts_of_groups(setup: Setup, why: str) -> list[str]:
+    """Problems of a method that has other than whole groups scored, because of `why`."""
+    return [
+        f"reward {name} compares a prompt's completions and must see all of them at once, but {why}; set the reward's "
+        "normalize to running_z or none, or leave the method out"
+        for name in setup.group_rewards
+    ]

@@ -96,6 +96,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from trl_ext.data import DataError
     from trl_ext.executor import NoIsolation
     from trl_ext.merging import MergeError
+    from trl_ext.method import Unavailable
     from trl_ext.plan import PlanError
     from trl_ext.recipe import RecipeError
     from trl_ext.rewards import RewardError
@@ -113,6 +114,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         RecipeError,
         RewardError,
         SavedModelError,
+        Unavailable,
     )
     return (*own, *evals_cli.user_errors())
 

@@ -13,8 +13,7 @@ from trl import extract_prompt
 from trl_ext.data_sources import DataError, evaluates, held_out, load_source, split_names, split_of
 from trl_ext.plan import did_you_mean
 from trl_ext.recipe import Recipe
-from trl_ext.rewards.checked import Reward
-from trl_ext.rewards.registry import columns_of
+from trl_ext.rewards.checked import Reward, columns_of
 
 _REPLIES = ("chosen", "rejected", "completion")
 _COLUMNS: dict[str, list[tuple[str, ...]]] = {

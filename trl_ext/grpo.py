@@ -15,20 +15,26 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import Tensor
 
 from trl_ext import checkpoints, kept_rows, ops, whole_groups
 from trl_ext.batch import images_of, loss_mask_of, model_images, replaced, whole
+from trl_ext.checks import groups_too_small, needs_groups
 from trl_ext.compat import check_trl
 from trl_ext.coupled import CoupledRows
 from trl_ext.forward import Features, captured_hidden
 from trl_ext.hidden_prompt import cannot_hide, image_tokens, without
+from trl_ext.last_step import KeepsLastStep
 from trl_ext.method import HIDDEN, HIDE_PROMPT, LossInput, Setup
 from trl_ext.plan import PlanError, make_plan, normalise
 from trl_ext.revision import Revisions
+from trl_ext.reward_calls import RewardCalls
+from trl_ext.rewards import stateful
 
 check_trl()
+logger = get_logger(__name__)
 _CHOICES = {
     "loss_type": ops.LOSS_TYPES,
     "importance_sampling_level": ("token", "sequence"),
@@ -40,14 +46,20 @@ METHODS_HELP = (
     "`{trace: {action: rkl_error}, high_entropy: {quantile: 0.8}}`. `trl-ext methods` lists them."
 )
 
+SECONDS_HELP = (
+    "Bound on one call of one reward function: the run then ends with a message and a checkpoint. null: no bound. With "
+    "several processes keep it below `ddp_timeout`, after which those that wait give up."
+)
+
 
 @dataclass
 class GRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig with `methods`. Names and values are checked here, all problems at once (PlanError)."""
+    """TRL's GRPOConfig with `methods` and `reward_seconds`. Names and values are checked here, all problems at once (PlanError)."""
 
     _VALID_DICT_FIELDS = trl.GRPOConfig._VALID_DICT_FIELDS + ["methods"]
 
     methods: dict[str, Any] | str | None = field(default=None, metadata={"help": METHODS_HELP})
+    reward_seconds: float | None = field(default=1200.0, metadata={"help": SECONDS_HELP})
 
     def __post_init__(self) -> None:
         self.methods = normalise(self.methods)
@@ -57,12 +69,14 @@ class GRPOConfig(trl.GRPOConfig):
             for name, allowed in _CHOICES.items()
             if getattr(self, name) not in allowed
         ]
+        if self.reward_seconds is not None and not self.reward_seconds > 0:
+            wrong.append(f"reward_seconds: {self.reward_seconds} must be above 0; null sets no bound")
         if wrong:
             raise PlanError(wrong, "The configuration has values that TRL would refuse only at the first loss")
         make_plan(self.methods, "grpo", Setup(self))
 
 
-class GRPOTrainer(CoupledRows, Revisions, trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(KeepsLastStep, CoupledRows, Revisions, RewardCalls, trl.GRPOTrainer):  # type: ignore[misc]
     """Drop-in for `trl.GRPOTrainer`; `args.methods` names the papers. See `trl_ext.method` for what they may change.
 
     Raises PlanError before the model is loaded when the methods cannot run as configured.
@@ -80,15 +94,25 @@ class GRPOTrainer(CoupledRows, Revisions, trl.GRPOTrainer):  # type: ignore[misc
                 raise PlanError(
                     [f"{name}: no part of the prompt can be hidden from this model: {reason}" for name in users]
                 )
-        if self.plan.using("choose_prompts") and isinstance(self.train_dataset, IterableDataset):
-            names = [method.name for method in self.plan.using("choose_prompts")]
+        drawing = [*self.plan.using("choose_prompts"), *(m for m in self.plan.methods if m.asks_fresh)]
+        if drawing and isinstance(self.train_dataset, IterableDataset):
             raise PlanError(
-                [f"{name}: draws rows by number, which a stream has not; load the data set" for name in names]
+                [
+                    f"{method.name}: draws rows by number, which a stream has not; load the data set (dataset_streaming: "
+                    "false), or leave the method out"
+                    for method in drawing
+                ]
             )
         if reason := self._cannot_revise():
             names = [method.name for method in self.plan.using("revise")]
             raise PlanError([f"{name}: no second attempts {reason}" for name in names])
-        self._start_methods(Setup(self.args, self.reward_func_names, self._engine(), images=self._is_vlm))
+        group_rewards = needs_groups(zip(self.reward_func_names, self.reward_funcs, strict=True))
+        setup = Setup(
+            self.args, self.reward_func_names, self._engine(), images=self._is_vlm, group_rewards=group_rewards
+        )
+        if problems := groups_too_small(setup):
+            raise PlanError(problems, "The rewards cannot run as configured")
+        self._start_methods(setup)
 
     def _cannot_revise(self) -> str | None:
         """Why no completion of this run can be replaced once it is generated; None if it can, or need not."""
@@ -99,6 +123,11 @@ class GRPOTrainer(CoupledRows, Revisions, trl.GRPOTrainer):  # type: ignore[misc
         if self.environment_factories is not None:
             return "with environments, which are bound to their rows; pass tools instead of environment_factory"
         return "with a rollout_func, which owns generation; leave it out" if self.rollout_func is not None else None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; what is evaluated does not move the state of a reward function."""
+        with stateful.resting(self.reward_funcs):
+            return super().evaluation_loop(*args, **kwargs)
 
     # Loss
 
@@ -251,18 +280,39 @@ class GRPOTrainer(CoupledRows, Revisions, trl.GRPOTrainer):  # type: ignore[misc
         super()._save_method_files(folder)
         window = self.args.steps_per_generation * self.num_iterations
         inside = self._step % window != 0
-        content = {"step": self._step, "buffer": self._buffered_inputs if inside else None}
+        content = {
+            "step": self._step,
+            "buffer": self._buffered_inputs if inside else None,
+            "rewards": stateful.states_of(self.reward_funcs),
+        }
+        if self._missed_evaluation:
+            content["evaluate"] = True
         checkpoints.save(os.path.join(folder, checkpoints.rollout_file(self.accelerator.process_index)), content)
 
     def _load_method_files(self, checkpoint: str) -> None:
         super()._load_method_files(checkpoint)
         path = os.path.join(checkpoint, checkpoints.rollout_file(self.accelerator.process_index))
-        if os.path.exists(path):
-            content = checkpoints.load(path)
+        content = checkpoints.load(path) if os.path.exists(path) else {}
+        self._load_rewards(checkpoint, content.get("rewards"))
+        if content:
+            self._missed_evaluation = content.get("evaluate", False)
             self._step = content["step"]
             if content["buffer"] is not None:
                 device = self.accelerator.device
                 self._buffered_inputs = [_to(batch, device) for batch in content["buffer"]]  # type: ignore[assignment]
+
+    def _load_rewards(self, checkpoint: str, saved: list[dict[str, Any]] | None) -> None:
+        if saved is not None:
+            try:
+                stateful.load_states(self.reward_funcs, saved)
+            except ValueError as error:
+                raise checkpoints.CheckpointError(
+                    f"{checkpoint} does not fit this run: {error}. Name the same rewards with the same settings to resume, "
+                    "or start a new run from its weights (model_name_or_path)."
+                ) from error
+        elif found := stateful.stateful(self.reward_funcs):
+            names = ", ".join(name for name, _ in found)
+            logger.warning(f"{checkpoint} holds no state of reward functions, so that of {names} begins anew")
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

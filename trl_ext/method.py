@@ -102,7 +102,8 @@ class Setup:
     """What is known when a plan is checked. None means "not known yet": the config alone knows less than the trainer.
 
     `images`: whether the model takes images. `methods`: all names in order of application, `built`: the methods
-    themselves; both are filled in by the plan.
+    themselves; both are filled in by the plan. `group_rewards`: rewards that compare the completions of a prompt, and how
+    many they need at least.
     """
 
     args: Any
@@ -111,6 +112,7 @@ class Setup:
     images: bool | None = None
     methods: Sequence[str] = ()
     built: Sequence[Method] = ()
+    group_rewards: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def own_values(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 class Unavailable(RuntimeError):
     """Something outside of the run is missing, such as an endpoint that is down: no fault of the run's own.
 
-    Raised in `choose_prompts` before `state` has changed, it makes the trainer keep a checkpoint of the last step.
+    Raised in a rollout, on all processes alike, it makes the trainer keep a checkpoint of the last step, with all state as
+    it was then (`trl_ext.last_step`).
     """
 
 
@@ -263,7 +266,8 @@ class Attempt:
 
     Services, which every process must call alike: `sample(rows)` makes and scores one more completion for each of these
     rows, whose "prompt" is shown to the model; `fresh(n, number)` gives n rows of the training set, drawn by the method
-    that draws prompts or else uniformly from the run's seed and `number`. `prompt_tokens(row)` counts its prompt.
+    that draws prompts or else uniformly from the run's seed and `number` (declare `Method.asks_fresh`).
+    `prompt_tokens(row)` counts its prompt.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -616,6 +620,11 @@ class Method:
     def needs(self) -> frozenset[str]:
         """What the trainer must compute for these settings, of `NEEDS`; it costs time or memory."""
         return frozenset()
+
+    @property
+    def asks_fresh(self) -> bool:
+        """Whether `revise` asks for `Attempt.fresh` rows with these settings; such a method is refused with a stream."""
+        return False
 
     def check(self, setup: Setup) -> list[str]:
         """Problems with these settings in this setup, each with the flags that fix it. Called before the model loads."""

@@ -13,6 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 from trl.scripts.utils import DatasetConfig
 
+from trl_ext.checks import groups_too_small, needs_groups
 from trl_ext.loops import LOOPS, Loop, make_loop
 from trl_ext.method import Setup
 from trl_ext.plan import Plan, PlanError, did_you_mean, make_plan, normalise
@@ -266,7 +267,10 @@ def _check_plan(
         return
     if trainer == "grpo":
         try:
-            plan.check(Setup(args, reward_names(rewards)))
+            names = reward_names(rewards)
+            setup = Setup(args, names, group_rewards=needs_groups(zip(names, rewards, strict=True)))
+            problems += [f"rewards: {problem}" for problem in groups_too_small(setup)]
+            plan.check(setup)
         except PlanError as error:
             problems += _as_methods(error)
     args.methods = normalise(spec)
@@ -294,6 +298,10 @@ def _loop(
         found = loop.check(args, rewards, bool(values.get("use_peft")), bool(values.get("tools")))
         if loop.in_rounds and (values.get("load_in_4bit") or values.get("load_in_8bit")):
             found.append("load_in_4bit, load_in_8bit: adapters are merged between rounds; set them to false")
+        if loop.makes_data and (values.get("dataset_streaming") or values.get("streaming")):
+            found.append(
+                "dataset_streaming: the loop makes data of all rows, and a stream need not end; set it to false"
+            )
         problems += [f"loop: {loop.name}: {problem}" for problem in found]
     return loop
 

@@ -45,7 +45,6 @@ class RolloutHooks(MethodTrainer):
     _scored: Scored | None = None
     _prompts: Prompts | None = None
     _watching: bool = False
-    _step: int
     _sampled: dict[str, Tensor] = {}
 
     # Set by TRL's trainer
@@ -58,6 +57,7 @@ class RolloutHooks(MethodTrainer):
     generation_config: Any
     generation_kwargs: dict[str, Any]
     reward_func_names: list[str]
+    reward_funcs: list[Any]
     reward_weights: Tensor
     train_dataset: Any
     use_vllm: bool
@@ -71,6 +71,10 @@ class RolloutHooks(MethodTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.plan.methods and self.model.training):
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        return self._batch_of(inputs)
+
+    def _batch_of(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A rollout with methods: TRL's, with what they change."""
         rows, drawn = self._chosen(inputs)
         for method in self.plan.using("edit_prompts"):
             rows = method.edit_prompts(rows)
@@ -104,11 +108,7 @@ class RolloutHooks(MethodTrainer):
         if not self.plan.using("choose_prompts"):
             return inputs, None
         group, rank = self.args.num_generations, self.accelerator.process_index
-        try:
-            rows, drawn = self._draw(len(inputs) * self.accelerator.num_processes // group, None)
-        except Unavailable:
-            self._keep_progress()
-            raise
+        rows, drawn = self._draw(len(inputs) * self.accelerator.num_processes // group, None)
         if rows is None:
             return inputs, None
         places = range(rank * len(inputs), (rank + 1) * len(inputs))
@@ -161,13 +161,6 @@ class RolloutHooks(MethodTrainer):
             outside, text = problem
             raise Unavailable(text) if outside else RuntimeError(text)
         return value
-
-    def _keep_progress(self) -> None:
-        """A checkpoint before the run ends for want of something outside. Nothing of this step was computed yet, unless
-        several rollouts make one step; then there is only what `save_steps` saved."""
-        whole_step = self._step % self.args.gradient_accumulation_steps == 0
-        if whole_step and self.state.global_step > 0:
-            self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
 
     def _row(self, index: int) -> dict[str, Any]:
         return dict(self.train_dataset[index])

@@ -76,6 +76,30 @@ def test_two_processes_learn_from_pairs_and_labels_as_one(paired_by_two, tmp_pat
     assert compared(saved, single, 1e-4) >= 9
 
 
+@pytest.fixture(scope="module")
+def failed_on_one(tmp_path_factory):
+    out = two_processes("tests.distributed.failing_worker", tmp_path_factory.mktemp("two"))
+    return [torch.load(out / f"process-{i}.pt", weights_only=True) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("case", "there", "here"),
+    [
+        ("raises", "reward 'first' raised OSError: the judge is down", "reward 'first' failed on process 1"),
+        ("hangs", "reward 'first' did not return within 0.5 seconds", "reward 'first' failed on process 1"),
+        ("ensemble", "reward 'reward_ensemble' did not return within 0.5 seconds", "it failed on process 1, which"),
+        ("waits", "reward 'second' did not return within 0.5 seconds", "reward 'second' failed on process 1"),
+        ("refilled", "reward 'first' raised OSError: the judge is down", "reward 'first' failed on process 1"),
+        ("annotated", "AnnotatorError: nobody answers", "annotator: it failed on process 1"),
+    ],
+)
+def test_what_fails_on_one_process_ends_both_and_nothing_is_lost(failed_on_one, case, there, here):
+    main_process, other = (found[case] for found in failed_on_one)
+    assert there in other["said"] and here in main_process["said"]
+    assert main_process["saved"] == other["saved"] == "checkpoint-2"
+    assert main_process["same"] in (True, None) and other["same"] == main_process["same"]
+
+
 def test_a_recipe_under_accelerate_launch_equals_one_process(tmp_path):
     """Pairs are not sampled, so the two must agree: 2 x 8 pairs a step against 16."""
 

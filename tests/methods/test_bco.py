@@ -286,6 +286,7 @@ def test_a_checkpoint_of_another_shift_is_refused(settings, other, message):
     run(method, FIRST) if method.shift != "none" else method.label_loss(labels(*FIRST))
     assert message in Bco(**other).state_problem(method.state)
     assert Bco(**settings).state_problem(method.state) is None
+    assert "trained with udm: false, this run has udm: true" in Bco(**settings, udm=True).state_problem(method.state)
 
 
 def adapter(lora):
@@ -366,7 +367,7 @@ def test_resume_is_exact(tmp_path, make, settings, lora):
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
-    """By the trainer, before it trains: another rule for delta, another embedding."""
+    """By the trainer, before it trains: another rule or memory for delta, no classifier, another embedding."""
     settings = {"loss_type": "bco", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     kto(tmp_path, methods=UDM, callbacks=[StopAt(1)], **settings).train()
     for other, message in [
@@ -374,11 +375,16 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
             {"shift": "running_mean"},
             "bco: its averages are those of shift: class_ema, this run has shift: running_mean",
         ),
+        ({"shift_decay": 0.5}, r"bco: its averages are those of shift_decay: 0\.9, this run has shift_decay: 0\.5"),
         ({"embedding": tiny_path()}, "bco: its prompt classifier was fitted to embedding: reference, this run has"),
     ]:
         again = kto(tmp_path, methods={"bco": UDM["bco"] | other}, **settings)
         with pytest.raises(checkpoints.CheckpointError, match=message):
             again.train(resume_from_checkpoint=True)
+    with pytest.raises(
+        checkpoints.CheckpointError, match="bco: it was trained with udm: true, this run has udm: false"
+    ):
+        kto(tmp_path, methods="bco", **settings).train(resume_from_checkpoint=True)
 
 
 def test_training_twice_goes_on_from_the_averages(tmp_path):

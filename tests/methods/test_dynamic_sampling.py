@@ -219,6 +219,20 @@ def test_after_scaf_grpo_a_rescued_group_stays(tmp_path, monkeypatch):
 # Declarations
 
 
+def test_a_stream_is_refused_at_the_start(tmp_path):
+    """Its rows have no numbers to draw by; without rounds nothing is drawn, and it trains."""
+
+    def built(rounds):
+        args = trl_ext.GRPOConfig(**grpo_args(str(tmp_path)), methods={"dynamic_sampling": {"rounds": rounds}})
+        return trl_ext.GRPOTrainer(tiny_path(), some_flat, args, prompts().to_iterable_dataset())
+
+    with pytest.raises(PlanError, match=r"dynamic_sampling: draws rows by number.*dataset_streaming: false"):
+        built(1)
+    trainer = built(0)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_clashes_name_what_to_do(tmp_path):
     def built(methods):
         return trl_ext.GRPOConfig(**grpo_args(str(tmp_path), scale_rewards="none"), methods=methods)

@@ -44,7 +44,7 @@ def method(**settings):
     return Fgrpo(**{"constraints": TAUS, "accuracy": "acc", "minimum": 1} | settings)
 
 
-def close(found, expected, atol=2e-6):
+def close(found, expected, atol=1e-6):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=atol)
 
 

@@ -71,11 +71,6 @@ def test_worked_group():
     seen = group([[1, 1, 0, 1]], [[1, 3, 0, 2]])
     found = Otc().shape_rewards(seen.rewards, seen)[0, :, 0]
     assert found.tolist() == pytest.approx([1.0, 0.707107, 0.0, 0.866025], abs=1e-6)
-    advantages = (found - found.mean()) / (found.std() + 1e-4)
-    assert advantages.tolist() == pytest.approx([0.800978, 0.143311, -1.444438, 0.500149], abs=1e-6)
-    plain = torch.tensor([1.0, 1, 0, 1])
-    expected = [0.499900, 0.499900, -1.499700, 0.499900]
-    assert ((plain - plain.mean()) / (plain.std() + 1e-4)).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_wrong_answers_earn_nothing_and_right_ones_at_most_alpha():
@@ -216,7 +211,7 @@ def test_through_trls_tool_loop(tmp_path, monkeypatch):
     trainer.train()
     first, second = trainer.state.log_history[:2]
     expected = [0.800978, 0.143311, -1.444438, 0.500149]
-    assert sorted(seen[0].tolist()) == pytest.approx(sorted(expected), abs=1e-5)
+    assert sorted(seen[0].tolist()) == pytest.approx(sorted(expected), abs=1e-6)
     assert (first["otc/calls"], first["otc/calls_correct"], first["otc/n"]) == (1.5, 2.0, 1.0)
     assert first["tools/call_frequency"] == 1.5 and first["otc/known"] == 0.0
     assert second["otc/known"] == 1.0 and second["otc/n"] == 1.0 and second["otc/accuracy"] == 1.0

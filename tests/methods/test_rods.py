@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import trl
 
 import trl_ext
 from tests.methods.groups import logged, made_group
+from tests.methods.spy import spied
 from tests.methods.training import train
 from tests.tiny import assert_equal, grpo_args, letters_reward, prompts, tiny_path, weights
-from trl_ext import checkpoints
+from trl_ext import checkpoints, revision
 from trl_ext.annotate import endpoint
 from trl_ext.annotate.chat_http import TransientError
 from trl_ext.method import Draw, Metrics, Unavailable
@@ -90,11 +92,16 @@ def test_worked_groups(rewards, rbar, variance):
     assert found[where] == pytest.approx(variance, abs=1e-6) and len(found) == 4
 
 
-def test_worked_advantages():
-    """TRL's own: (R - rbar) / (std + 1e-4); the card's 1e-6 differs in the fourth digit."""
-    rewards = torch.tensor([1, 0.5, 0.75, 0.25])
-    found = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    assert found.tolist() == pytest.approx([1.161891, -0.387297, 0.387297, -1.161891], abs=2e-6)
+def test_worked_advantages(tmp_path, monkeypatch):
+    """In training they are TRL's own: (R - rbar) / (std + 1e-4); with the card's 1e-6, 1.161891 and 0.387297."""
+
+    def progress(completions, **kwargs):
+        return [1, 0.5, 0.75, 0.25] * (len(completions) // 4)
+
+    seen = spied(monkeypatch)
+    train(tmp_path, {"rods": OWN, "epo": {"coefficient": 0.0}}, rewards=progress, num_generations=4, max_steps=1)
+    expected = sorted([1.161535, -0.387178, 0.387178, -1.161535] * 2)
+    assert sorted(seen[0].advantages.tolist()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_variance_is_bounded_by_the_mean():
@@ -361,6 +368,16 @@ def server(monkeypatch):
     return found
 
 
+def assert_same_run(whole, resumed):
+    """Weights, both methods' state, the tokens seen, and the rows on disk."""
+    assert_equal(weights(whole), weights(resumed))
+    for first, second in zip(whole.plan.methods, resumed.plan.methods, strict=True):
+        assert first.state == second.state
+    assert whole.state.num_input_tokens_seen == resumed.state.num_input_tokens_seen
+    one, other = (lines(Path(trainer.args.output_dir)) for trainer in (whole, resumed))
+    assert one == other and [record["number"] for record in one] == list(range(len(one)))
+
+
 ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "judge": False, "retries": 0, "concurrency": 1}
 
 
@@ -383,6 +400,22 @@ def test_an_endpoint_that_fails_ends_with_a_checkpoint_and_resume_goes_on(tmp_pa
     assert [record["model"] for record in lines(tmp_path / "cut")] == ["m"] * 4
 
 
+def test_an_endpoint_that_fails_where_the_data_loaders_epoch_ends(tmp_path, server):
+    """The pool's first epoch is the loader's, which draws a random number at the beginning of its next one."""
+    methods = {"rods": OWN | {"synthesizer": ENDPOINT, "budget": 2}}
+    whole = train(tmp_path / "whole", methods, max_steps=10, rewards=by_text)
+    server.texts, server.down = [], 0
+    with pytest.raises(Unavailable, match="no connection"):
+        train(tmp_path / "cut", methods, max_steps=10, rewards=by_text)
+    saved = checkpoints.last_whole(tmp_path / "cut")
+    assert saved is not None and saved.endswith("checkpoint-8")
+    with pytest.raises(Unavailable, match="no connection"):
+        train(tmp_path / "cut", methods, resume=saved, max_steps=10, rewards=by_text)
+    server.down = None
+    resumed = train(tmp_path / "cut", methods, resume=saved, max_steps=10, rewards=by_text)
+    assert_same_run(whole, resumed)
+
+
 def test_replies_before_the_failure_are_not_asked_for_again(tmp_path, server):
     """One of two requests was answered in a round: the other costs its row, and nothing else."""
     methods = {"rods": OWN | {"synthesizer": ENDPOINT, "budget": 2}}
@@ -399,6 +432,81 @@ def test_a_missing_key_is_told_before_the_first_step(tmp_path, monkeypatch):
     with pytest.raises(Unavailable, match=r"RODS_TEST_KEY .* is not set"):
         train(tmp_path, methods)
     assert checkpoints.last_whole(tmp_path) is None
+
+
+# Epochs that end inside a rollout, where dynamic_sampling asks for fresh prompts
+
+
+REFILLED = {"rods": OWN | {"synthesizer": ENDPOINT, "budget": 2}, "dynamic_sampling": {"rounds": 3, "oversample": 1.0}}
+
+
+def flat_for_some(completions, prompts, **kwargs):
+    """No spread for every other prompt, so that fresh ones are asked for at all times."""
+    found = by_text(completions, prompts)
+    return [0.0 if sum(map(ord, p[0]["content"])) % 2 == 0 else v for p, v in zip(prompts, found, strict=True)]
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """(epoch that ends, optimizer steps done, whether fresh prompts were asked for) of each turn."""
+    seen, inside = [], []
+    fresh, turn = revision._Revising.fresh, Rods._turn
+
+    def asked(self, count, number):
+        inside.append(True)
+        try:
+            return fresh(self, count, number)
+        finally:
+            inside.pop()
+
+    def turned(self, pool, draw):
+        seen.append((pool["epoch"], draw.step, bool(inside)))
+        turn(self, pool, draw)
+
+    monkeypatch.setattr(revision._Revising, "fresh", asked)
+    monkeypatch.setattr(Rods, "_turn", turned)
+    return seen
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def test_a_kill_after_an_epoch_that_ended_inside_a_rollout_costs_time_alone(tmp_path, server, turns):
+    """Rows and replies of the turn are on disk, no checkpoint is: the turn is made again from the replies."""
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3}
+
+    def killing(completions, prompts, **kwargs):
+        if len(turns) == 2:
+            raise Killed
+        return flat_for_some(completions, prompts)
+
+    whole = train(tmp_path / "whole", REFILLED, rewards=flat_for_some, **settings)
+    assert turns[1] == (1, 8, True)
+    asked, server.texts[:], turns[:] = list(server.texts), [], []
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", REFILLED, rewards=killing, **settings)
+    saved = checkpoints.last_whole(tmp_path / "cut")
+    assert saved.endswith("checkpoint-6") and len(lines(tmp_path / "cut")) == 4
+    assert server.texts == asked[:4]
+    resumed = train(tmp_path / "cut", REFILLED, resume=saved, rewards=flat_for_some, **settings)
+    assert server.texts == asked
+    assert_same_run(whole, resumed)
+
+
+def test_an_endpoint_that_fails_inside_a_rollout_ends_with_a_checkpoint_of_its_beginning(tmp_path, server, turns):
+    """By then the rollout has drawn prompts and random numbers, moved the counters and counted tokens."""
+    whole = train(tmp_path / "whole", REFILLED, max_steps=12, rewards=flat_for_some)
+    assert turns[1] == (1, 8, True)
+    asked, server.texts, server.down = list(server.texts), [], 2
+    with pytest.raises(Unavailable, match="no connection"):
+        train(tmp_path / "cut", REFILLED, max_steps=12, rewards=flat_for_some)
+    saved = checkpoints.last_whole(tmp_path / "cut")
+    assert saved is not None and saved.endswith("checkpoint-8")
+    server.down = None
+    resumed = train(tmp_path / "cut", REFILLED, resume=saved, max_steps=12, rewards=flat_for_some)
+    assert server.texts == asked
+    assert_same_run(whole, resumed)
 
 
 # Declarations

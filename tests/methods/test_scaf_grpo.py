@@ -199,6 +199,21 @@ def test_without_the_hint_in_the_prompt(tmp_path, monkeypatch):
     assert not any("Hint" in content for content in contents) and rewards.flatten().tolist() == [1, 0, 0, 0] * 2
 
 
+@pytest.mark.parametrize("cause", ["turn", "labels"])
+def test_a_row_that_cannot_get_its_hints_is_refused_in_the_first_rollout(cause):
+    """In the warm-up, and although no prompt has failed: not hours later."""
+    columns = {"s": ["Plan", "Solution"]}
+    good, bad = question("good", s=["1", "2"]), question("bad one", s=["1", "2", "3"])
+    if cause == "turn":
+        bad = {"prompt": [{"role": "system", "content": "bad one"}], "s": ["1"]}
+    told = "which must be a text" if cause == "turn" else "3 hints in the column 's', for which there are 2 labels"
+    seen, _ = attempt([[1, 1], [1, 1]], [good, bad], step=0)
+    with pytest.raises(ValueError, match=rf"scaf_grpo: the row with the prompt .*bad one.*{told}"):
+        ScafGrpo(columns=columns, warmup=0.5).revise(seen)
+    empty, asked = attempt([[1, 1], [1, 1]], [good, bad | {"s": []}], step=0)
+    assert ScafGrpo(columns=columns, warmup=0.5).revise(empty) is None and not asked.sampled
+
+
 @pytest.mark.parametrize("case", ["warm-up", "no hints", "no failure"])
 def test_neutral_settings_are_trl_bit_for_bit(tmp_path, case):
     settings = {

@@ -22,9 +22,9 @@ def small(completions: list, **kwargs: object) -> list[float]:
     return [-0.001 * len(text) ** 2 for text in completions]
 
 
-def score(rank: int, processes: int) -> list[list[float | None]]:
-    """The rewards of this process's share of each batch."""
-    reward = make_reward_ensemble([large, small], normalize="running_z")
+def score(rank: int, processes: int, normalize: str) -> list[list[float | None]]:
+    """The rewards of this process's share of each batch, which is one prompt's."""
+    reward = make_reward_ensemble([large, small], normalize=normalize)
     size = 4 // processes
     shares = [batch[rank * size : (rank + 1) * size] for batch in BATCHES]
     return [reward(prompts=["p"] * size, completions=share) for share in shares]
@@ -32,5 +32,6 @@ def score(rank: int, processes: int) -> list[list[float | None]]:
 
 if __name__ == "__main__":
     state = PartialState(cpu=True)
-    Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(score(state.process_index, 2)))
+    found = {name: score(state.process_index, 2, name) for name in ("running_z", "group_z")}
+    Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(found))
     os._exit(0)  # all is written; gloo's threads abort the interpreter's own exit now and then

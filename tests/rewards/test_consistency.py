@@ -76,5 +76,5 @@ def test_a_broken_judge_is_an_error(server):  # noqa: F811
     server.reply = lambda n, body: (500, "no")
     with pytest.raises(RewardError, match="all 1 requests of a batch failed"):
         judged(server)(prompts=["q"], completions=[said("a")])
-    with pytest.raises(ValueError, match=r"unknown endpoint field \['modle'\]"):
+    with pytest.raises(ValueError, match=r"unknown endpoint field modle; it has api_key_env"):
         judged(server, modle="x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import math
 import statistics
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trl_ext.rewards import best_of_n as best_of_n_module
 from trl_ext.rewards.best_of_n import best_of_n, coefficients, kl_best_of_n
 from trl_ext.rewards.ensemble import OBJECTIVES, Moments, combine, group_z, summary, variance
 
@@ -44,6 +46,11 @@ def test_best_of_n_of_the_worked_example() -> None:
     assert proxy == pytest.approx([0.57, 0.78, 0.89, 0.94, 0.95], abs=1e-6)
     kl = [kl_best_of_n(n) for n in range(1, 6)]
     assert kl == pytest.approx([0, 0.193147, 0.431946, 0.636294, 0.809438], abs=1e-6)
+
+
+def test_the_documented_way_from_reward_functions_to_best_of_n() -> None:
+    found = doctest.testmod(best_of_n_module)
+    assert found.attempted >= 8 and found.failed == 0
 
 
 # combine

@@ -138,6 +138,18 @@ def test_open_answers_are_the_mean_of_three_rouges(monkeypatch: pytest.MonkeyPat
     assert accuracy == [pytest.approx(11 / 18)] and form == [None] and shown == []
 
 
+def test_rouge_is_asked_once_of_open_rows_and_reads_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eva_format` has no use for it."""
+    from trl_ext.rewards import eva
+
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(eva, "rouge_mean", lambda reply, gold: asked.append((reply, gold)) or 0.5)
+    open_reply = {"role": "assistant", "content": "the cat"}
+    accuracy, form, _ = score([[open_reply], [say("B")]], ["a cat", "C"], ["open", "choice"])
+    assert asked == [("the cat", "a cat")] and (accuracy, form) == ([0.5, 0.0], [None, 0.0])
+    assert rouge_mean("w " * 1_000 + "more", "w " * 1_000) == 1.0
+
+
 def test_the_cards_open_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """ROUGE 0.6, 0.4 and 0.5 give 0.5."""
     from trl_ext.rewards import eva

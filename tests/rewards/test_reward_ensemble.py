@@ -22,7 +22,7 @@ from tests.rewards import ensemble_worker
 from tests.tiny import grpo_args, letters_reward, prompts, tiny_path
 from trl_ext.recipe import load_recipe
 from trl_ext.rewards import RewardError, make_reward
-from trl_ext.rewards.registry import columns_of
+from trl_ext.rewards.checked import columns_of
 from trl_ext.rewards.reward_ensemble import make_reward_ensemble
 from trl_ext.rewards.reward_models import AdapterScorer, ModelScorer, Scoring
 
@@ -136,6 +136,24 @@ def test_group_z_works_in_runs_of_equal_prompts_and_not_with_a_minimum_in_tiny_g
     assert strict(prompts=["p"] * 8, completions=["a"] * 8) == [0.0] * 8
 
 
+def test_group_z_in_training_tells_neighbouring_groups_of_one_prompt_apart() -> None:
+    """TRL's groups have one size; outside of TRL a run of equal prompts is a group of any size."""
+    values = [0.0, 2.0, 10.0, 12.0, 5.0, 9.0]
+    reward = make_reward_ensemble([lambda completions, **_: values[: len(completions)]] * 2, normalize="group_z")
+    one = 1 / (math.sqrt(2) + 1e-4)
+    last = 2 / (math.sqrt(8) + 1e-4)
+    found = reward(prompts=["p"] * 4 + ["q"] * 2, completions=["a"] * 6, trainer_state=None)
+    assert found == pytest.approx([-one, one, -one, one, -last, last], abs=1e-6)
+    by_hand = torch.tensor(values[:4]) - 6
+    by_hand = by_hand / (by_hand.square().sum().div(3).sqrt() + 1e-4)
+    found = reward(prompts=["p"] * 4 + ["q"] * 2, completions=["a"] * 6)
+    assert found == pytest.approx([*by_hand.tolist(), -last, last], abs=1e-6)
+    with pytest.raises(ValueError, match="needs whole groups, here are 3, 2 completions of one prompt each"):
+        reward(prompts=["p"] * 3 + ["q"] * 2, completions=["a"] * 5, trainer_state=None)
+    with pytest.raises(ValueError, match=r"groups of at least 2 completions, here is one of 1; raise num_generations"):
+        reward(prompts=["p"] * 2 + ["q"], completions=["a"] * 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -237,7 +255,8 @@ def test_a_recipe_names_adapters_and_is_planned_without_loading_them() -> None:
     assert recipe.reward_names == ["reward_ensemble"]
 
 
-def test_running_z_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """running_z over all scores, and group_z where a group lies on both."""
     root = Path(__file__).parents[2]
     command = [
         "-m",
@@ -258,6 +277,7 @@ def test_running_z_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    together = ensemble_worker.score(0, 1)
-    for one, two, expected in zip(first, second, together, strict=True):
-        assert one + two == pytest.approx(expected, abs=1e-6)
+    for normalize in ("running_z", "group_z"):
+        together = ensemble_worker.score(0, 1, normalize)
+        for one, two, expected in zip(first[normalize], second[normalize], together, strict=True):
+            assert one + two == pytest.approx(expected, abs=1e-6)

@@ -19,7 +19,7 @@ from trl_ext import memory
 from trl_ext.data import DataError, load_data
 from trl_ext.recipe import RecipeError, load_recipe
 from trl_ext.rewards import make_reward, make_rewards
-from trl_ext.rewards.registry import columns_of
+from trl_ext.rewards.checked import columns_of
 from trl_ext.rewards.structure import make_rl_struct, schema_of
 from trl_ext.sandbox import dataset
 

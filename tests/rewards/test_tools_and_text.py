@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from trl_ext.rewards import checked, make_reward
-from trl_ext.rewards.registry import columns_of
-from trl_ext.rewards.tools import calls_of
+from trl_ext.rewards.checked import PATIENCE, columns_of
+from trl_ext.rewards.tools import calls_of, make_tool_call_format
 from trl_ext.sandbox.calculator import calculator
 
 SCHEMA = {
@@ -109,6 +111,12 @@ def test_a_call_that_could_not_be_read_counts_as_tried() -> None:
             make_reward("tool_call_format", {"tools": tools})
 
 
+@pytest.mark.parametrize("schema", [5, "object", ["x"], {"type": 5}, {"type": "objekt"}])
+def test_a_tool_without_a_usable_schema_is_named(schema: object) -> None:
+    with pytest.raises(ValueError, match="tools: the JSON Schema of 'f'"):
+        make_tool_call_format({"g": None, "f": schema})
+
+
 def test_deeply_nested_arguments_are_refused() -> None:
     deep: object = []
     for _ in range(5_000):
@@ -129,7 +137,7 @@ def test_format_by_pattern() -> None:
         make_reward("text_format", {"pattern": "("})
 
 
-@pytest.mark.parametrize("pattern", [r"^(a+)+$", r"^(?=(a|aa)+$)b", r"^(a|aa)+\1$", r"^(a|a?)+$"])
+@pytest.mark.parametrize("pattern", [r"^(a+)+$", r"^(?=(a|aa)+$)b", r"^(a|aa)+\1$", r"^(a|a?)+$", r"(?=.*b.*c)d"])
 def test_patterns_that_explode_elsewhere_end(pattern: str) -> None:
     """Python's `re` would take longer than the universe has on these."""
     assert make_reward("text_format", {"pattern": pattern})(completions=["a" * 900_000 + "!"]) == [0]
@@ -149,7 +157,13 @@ def test_length() -> None:
 
 
 def test_a_batch_without_any_call_is_no_mistake() -> None:
-    """Its None is about the completion; `tool_called_when_needed` says None of what the data lack, and is refused."""
-    assert checked(make_reward("tool_call_success"))(completions=[NONE, NONE]) == [None, None]
-    with pytest.raises(RuntimeError, match="returned None for all 2 completions"):
-        make_reward("tool_called_when_needed")(completions=[NONE, NONE], needs_tool=[None, None])
+    """Its None is about the completion; `tool_called_when_needed` says None of what the data lack, and is told of."""
+    success, needed = make_reward("tool_call_success"), make_reward("tool_called_when_needed")
+    none = {"completions": [NONE, NONE], "needs_tool": [None, None]}
+    for _ in range(PATIENCE - 1):
+        assert checked(success)(**none) == success(**none) == needed(**none) == [None, None]
+    with pytest.warns(UserWarning, match="'tool_called_when_needed' returned None"):
+        needed(**none)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        success(**none)

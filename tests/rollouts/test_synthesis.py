@@ -96,7 +96,7 @@ def test_words_of_an_evaluation_contaminate():
 
 
 def test_evaluations_by_name_and_file(tmp_path):
-    (tmp_path / "exam.txt").write_text(f"{EXAM}\n\n{EXAM[:40]}\n")
+    (tmp_path / "exam.txt").write_text(f"{EXAM}\u2028{EXAM}\n\n{EXAM[:40]}\n")  # two lines: only \n ends one
     index = load_evaluation([str(tmp_path / "exam.txt"), "sandbox_json"])
     assert index.met_by(EXAM) == {f"{tmp_path}/exam.txt:0", f"{tmp_path}/exam.txt:1"}
     assert index.met_by(tasks.rows("math", 1, 0, "test")[0]["problem"]) >= {"sandbox_json-0-0000"}
@@ -420,6 +420,8 @@ def test_progress_by_hand():
         progress([True, True], [True], 3)
     with pytest.raises(ValueError, match="task of 1 turns"):
         progress([True, True], [True, True], 1)
+    with pytest.raises(ValueError, match="a task of 0 turns has no share"):
+        progress([], [], 0)
 
 
 def test_steps_right_counts_steps_and_the_answer():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,13 @@ def _read_key(variable: str | None) -> str | None:
             f"annotator: {variable} holds characters that no key has (spaces, line breaks, non-ASCII)"
         )
     return key
+
+
+def check_fields(endpoint: type, given: Iterable[str], but: Iterable[str] = ()) -> None:
+    """Raises ValueError for a name that is none of a dataclass's settings, or one of `but`, which a recipe cannot set."""
+    known = {f.name for f in dataclasses.fields(endpoint) if f.init} - set(but)
+    if unknown := set(given) - known:
+        raise ValueError(f"unknown endpoint field {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
 
 
 def _setting_problems(annotator: EndpointAnnotator) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from trl_ext.annotate.base import Annotator
-from trl_ext.annotate.endpoint import EndpointAnnotator
+from trl_ext.annotate.endpoint import EndpointAnnotator, check_fields
 from trl_ext.annotate.policy import PolicyAnnotator
 
 
@@ -20,9 +19,7 @@ def make_annotator(
     Raises ValueError for anything else, ImportError or AttributeError when a named function does not exist.
     """
     if isinstance(spec, Mapping):
-        known = {f.name for f in dataclasses.fields(EndpointAnnotator) if f.init}
-        if unknown := set(spec) - known:
-            raise ValueError(f"unknown endpoint field {sorted(unknown)}; it has {', '.join(sorted(known))}")
+        check_fields(EndpointAnnotator, spec)
         return EndpointAnnotator(**spec)
     if spec == "policy":
         if generate is None:

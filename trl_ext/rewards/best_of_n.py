@@ -1,6 +1,20 @@
 """Best of n: the expected score of the completion that a (combined) reward would choose among n (arXiv 2310.02743).
 
-With an ensemble the proxy is `combine(scores)`, so that choosing and training use the same aggregation.
+Choosing and training use the same aggregation: score n replies or more with the reward function that training uses, and
+with the gold reward, which knows better. For a recipe's `rewards: {reward_ensemble: {rewards: [json_valid, steps_true],
+objective: wco}}`, with four replies to one prompt:
+
+>>> from trl_ext.rewards import make_reward
+>>> settings = {"rewards": ["json_valid", "steps_true"], "objective": "wco"}
+>>> ensemble, gold = make_reward("reward_ensemble", settings), make_reward("answer_correct")
+>>> replies = ['{"steps": ["1+2=3"], "answer": 3}', '{"steps": ["1+2=4"], "answer": 4}']
+>>> replies += ['{"steps": ["1+2=3"], "answer": 4}', "It is 3."]
+>>> proxy = torch.tensor(ensemble(prompts=["1+2"] * 4, completions=replies))  # 1, 0, 1, 0
+>>> right = torch.tensor(gold(completions=replies, answer=["3"] * 4))  # 1, 0, 0, 0
+>>> [round(best_of_n(proxy, right, n), 3) for n in (1, 2, 3, 4)]
+[0.25, 0.417, 0.5, 0.5]
+>>> [round(kl_best_of_n(n), 3) for n in (1, 2, 3, 4)]
+[0.0, 0.193, 0.432, 0.636]
 """
 
 from __future__ import annotations

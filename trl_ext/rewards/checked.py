@@ -6,12 +6,15 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Reward = Callable[..., Any]
 SHOWN = 200
 """Characters of a completion in an error message."""
+PATIENCE = 10
+"""Batches without any verdict before a reward function that never gave one is warned of."""
 
 
 class RewardError(RuntimeError):
@@ -22,22 +25,24 @@ def checked(reward: Reward) -> Reward:
     """`reward` with its result checked; the name and the TRL signature stay.
 
     Allowed is a list of one finite number, or None (not applicable), for each completion. Raises RewardError that
-    names the function, the row and the completion. A batch of None alone is refused until the function has judged
-    something: it then most likely looks for a column that the data set does not have. A function whose attribute
-    `may_abstain` is True says None of what a completion is, not of what the data lack, and is not refused.
+    names the function, the row and the completion, and for a batch of None alone if the call lacks a column that the
+    function reads. With its columns there, a batch may hold no row of this reward's task; `PATIENCE` batches of None
+    before the first number give one warning. A function whose attribute `may_abstain` is True says None of what a
+    completion is, not of what the data lack: neither is said of it. `unchecked` gives `reward` back.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
-    judged = bool(getattr(reward, "may_abstain", False))
+    watched = not getattr(reward, "may_abstain", False)
+    empty = 0
 
-    def check(completions: Sequence[Any], values: Any) -> list[float | None]:
-        nonlocal judged
+    def check(completions: Sequence[Any], values: Any, given: Mapping[str, Any]) -> list[float | None]:
+        nonlocal watched, empty
         result = _numbers(name, completions, values)
-        judged = judged or any(value is not None for value in result)
-        if result and not judged:
-            raise RewardError(
-                f"reward '{name}' returned None for all {len(result)} completions of a batch, so nothing is learned "
-                "from it. It found no gold answer: check the `columns` of the recipe and the columns of the data set."
-            )
+        watched = watched and all(value is None for value in result)
+        if result and watched:
+            _check_columns(name, columns_of(reward), given)
+            empty += 1
+            if empty == PATIENCE:
+                _warn_of_none(name, columns_of(reward))
         return result
 
     @functools.wraps(reward)
@@ -45,20 +50,65 @@ def checked(reward: Reward) -> Reward:
         try:
             values = reward(completions=completions, **kwargs)
         except Exception as error:
-            raise _raised(name, error, completions) from error
-        return check(completions, values)
+            raise raised(name, error, completions) from error
+        return check(completions, values, kwargs)
 
     @functools.wraps(reward)
     async def call_async(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         try:
             values = await reward(completions=completions, **kwargs)
         except Exception as error:
-            raise _raised(name, error, completions) from error
-        return check(completions, values)
+            raise raised(name, error, completions) from error
+        return check(completions, values, kwargs)
 
-    wrapper = call_async if inspect.iscoroutinefunction(reward) else call
+    wrapper: Any = call_async if inspect.iscoroutinefunction(reward) else call
     wrapper.__name__ = name
+    wrapper.unchecked = reward
     return wrapper
+
+
+def unchecked(reward: Reward) -> Reward:
+    """The function that `checked` was called with; any other one, also a decorator's around a checked one, as it is."""
+    inner: Reward = getattr(reward, "unchecked", reward)  # which functools.wraps copies
+    return inner if getattr(reward, "__wrapped__", None) is inner else reward
+
+
+def _check_columns(name: str, columns: Sequence[tuple[str, ...]], given: Mapping[str, Any]) -> None:
+    """Raises RewardError, since the reward can never judge, if `given` lacks all alternatives of a column."""
+    if missing := [" or ".join(names) for names in columns if not set(names) & set(given)]:
+        raise RewardError(
+            f"reward '{name}' returned None for all completions of a batch, since the data set lacks the column it reads: "
+            f"{', '.join(missing)}. Name it in the `columns` of the recipe."
+        )
+
+
+def _warn_of_none(name: str, columns: Sequence[tuple[str, ...]]) -> None:
+    read = f" Can what stands in {', '.join(' or '.join(names) for names in columns)} be read?" if columns else ""
+    warnings.warn(
+        f"reward '{name}' returned None for all completions of its first {PATIENCE} batches: so far nothing is learned "
+        f"from it.{read} Check the `columns` of the recipe and the columns of the data set.",
+        stacklevel=4,
+    )
+
+
+def columns_of(reward: Reward) -> list[tuple[str, ...]]:
+    """Columns that a reward function reads, each as alternatives: parameters without default, or `needs_columns`."""
+    declared = getattr(reward, "needs_columns", None)
+    if declared is not None:
+        return list(declared)
+    given = {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "environments",
+        "self",
+    }
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(reward).parameters.values()
+    return [(p.name,) for p in parameters if p.kind in named and p.default is p.empty and p.name not in given]
 
 
 def abstaining(reward: Reward) -> Reward:
@@ -67,7 +117,8 @@ def abstaining(reward: Reward) -> Reward:
     return reward
 
 
-def _raised(name: str, error: Exception, completions: Sequence[Any]) -> RewardError:
+def raised(name: str, error: Exception, completions: Sequence[Any]) -> RewardError:
+    """What to raise where a reward function raised `error`."""
     first = shown(completions[0]) if completions else "none"
     return RewardError(
         f"reward '{name}' raised {type(error).__name__}: {error}. It was called with {len(completions)} completions, "

@@ -12,12 +12,11 @@ A reply that is not valid JSON, or has nothing to check, gives None: not applica
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_ext.annotate.endpoint import EndpointAnnotator
+from trl_ext.annotate.endpoint import EndpointAnnotator, check_fields
 from trl_ext.annotate.fence import fenced
 from trl_ext.rewards.checked import Reward, abstaining
 from trl_ext.sandbox.calculator import calculator
@@ -70,9 +69,7 @@ def make_judge_consistent(base_url: str, model: str, **endpoint: Any) -> Reward:
     `endpoint`: the other fields of `trl_ext.annotate.EndpointAnnotator`. The judge sees the question's text and the
     reply, no image and no gold answer. One request for each completion, equal ones once. ValueError: unusable settings.
     """
-    known = {f.name for f in dataclasses.fields(EndpointAnnotator) if f.init}
-    if unknown := set(endpoint) - known:
-        raise ValueError(f"unknown endpoint field {sorted(unknown)}; it has {', '.join(sorted(known))}")
+    check_fields(EndpointAnnotator, endpoint)
     judge = EndpointAnnotator(base_url, model, **{"max_tokens": 16} | endpoint)
 
     def judge_consistent(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float | None]:

@@ -83,6 +83,10 @@ class Moments:
         """Of no scores."""
         return cls(*(torch.zeros(members, dtype=torch.float64) for _ in range(3)))
 
+    def saved(self) -> dict[str, Tensor]:
+        """Its fields, by name."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
     def updated(self, scores: Tensor) -> Moments:
         """With the scores (k, B), NaN left out: the parallel update of Chan, Golub and LeVeque."""
         values = scores.detach().double().cpu()

@@ -14,7 +14,11 @@ from trl_ext.sandbox.rewards import Completion, parse_reply, reply_text
 
 def progress(state: Sequence[bool], execution: Sequence[bool], turns: int) -> float:
     """R_P of one rollout: `state[t]` the state is right after turn t, `execution[t]` its calls ran; a turn that was not
-    taken counts as wrong. ValueError for more turns than the task has, or different lengths."""
+    taken counts as wrong. ValueError for a task without turns, more turns than it has, or different lengths."""
+    if turns < 1:
+        raise ValueError(
+            f"progress: a task of {turns} turns has no share that was done right; give the turns of the task"
+        )
     if len(state) != len(execution) or len(state) > turns:
         raise ValueError(
             f"progress: {len(state)} states and {len(execution)} executions in a task of {turns} turns; give one of "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trl_ext.plan import did_you_mean
-from trl_ext.rewards.checked import Reward, checked
+from trl_ext.rewards.checked import Reward, checked, columns_of
 
 
 def _function(path: str) -> Callable[[], Reward]:
@@ -103,26 +103,6 @@ def make_reward(name: str, settings: Mapping[str, Any] | None = None) -> Reward:
     if len(made) != 1:
         raise ValueError(f"'{name}' is a set of rewards: name one of {', '.join(r.__name__ for r in made)}")
     return made[0]
-
-
-def columns_of(reward: Reward) -> list[tuple[str, ...]]:
-    """Columns that a reward function reads, each as alternatives: parameters without default, or `needs_columns`."""
-    declared = getattr(reward, "needs_columns", None)
-    if declared is not None:
-        return list(declared)
-    given = {
-        "prompts",
-        "completions",
-        "completion_ids",
-        "trainer_state",
-        "log_extra",
-        "log_metric",
-        "environments",
-        "self",
-    }
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(reward).parameters.values()
-    return [(p.name,) for p in parameters if p.kind in named and p.default is p.empty and p.name not in given]
 
 
 def _bind(factory: Callable[..., Any], settings: Mapping[str, Any]) -> None:

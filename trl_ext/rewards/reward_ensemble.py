@@ -7,16 +7,18 @@ into it: name them beside it under `rewards`.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trl_ext.rewards.checked import Reward, checked
-from trl_ext.rewards.ensemble import OBJECTIVES, Moments, combine, group_z, summary
+from trl_ext.rewards.ensemble import OBJECTIVES, Moments, combine, summary
+from trl_ext.rewards.processes import of_all_processes, on_all, whole_group_z
 from trl_ext.rewards.registry import columns_of, make_reward
+from trl_ext.rewards.stateful import load_states, stateful, states_of
 
 NORMALIZE = ("none", "group_z", "running_z")
 SMALLEST_GROUP = 8
@@ -45,18 +47,26 @@ def make_reward_ensemble(
     `adapters`: LoRA adapters of such models, on one `backbone` that is in memory once (None: the one that they name).
     `objective`: uwo (default) with `variance_weight` lambda (0.5) and `ddof` (0); wco; mean; soft_min with `soft_alpha`
     (0.3): see `ensemble.combine`. `normalize` each member's scores first: "none" as in the paper; "running_z" with the
-    mean and deviation of all its scores so far (of all processes; they start anew when a run is resumed); "group_z" in
-    each prompt's completions (of this process), refused with a minimum in groups below 8, where it makes members agree.
-    `batch_size` (16), `max_length` (4096 tokens), `dtype` ("auto"), `device` (the accelerator) are for models.
+    mean and deviation of all its scores so far (of all processes), before the first ones as they are; "group_z" in each
+    prompt's completions (of all processes), at least 2, and 8 with a minimum: below, it makes members agree. It needs
+    whole groups in one call, which `needs_group` tells `trl_ext.GRPOTrainer`; neighbouring groups of one prompt are told
+    apart by the length of the others. `batch_size` (16), `max_length` (4096 tokens), `dtype` ("auto"), `device` (the
+    accelerator) are for models.
 
     A member that abstains (None) is left out of that completion; None if all do. Logs `reward_ensemble/...`, see
     `ensemble.summary`. ValueError for settings that do not belong together.
+
+    State: what running_z has seen, and that of members with one, as a `stateful.StatefulReward`: `trl_ext.GRPOTrainer`
+    keeps it in checkpoints and out of evaluations. In stock TRL it begins anew when a run is resumed, and evaluations
+    move it.
     """
-    scorers = _scorers(rewards, models, adapters, backbone, (batch_size, max_length, dtype, device))
+    functions = _functions(rewards)
+    scorers = _scorers(functions, models, adapters, backbone, (batch_size, max_length, dtype, device))
     settings = _settings(objective, variance_weight, ddof, soft_alpha)
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize: {normalize!r} is not one of {', '.join(NORMALIZE)}")
-    moments = Moments.empty(len(rewards) + len(models) + len(adapters))
+    memory = _Memory(functions, Moments.empty(len(rewards) + len(models) + len(adapters)))
+    smallest = SMALLEST_GROUP if objective in ("wco", "soft_min") else 2
 
     def reward_ensemble(
         prompts: Sequence[Any],
@@ -64,21 +74,58 @@ def make_reward_ensemble(
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        nonlocal moments
-        scores = torch.cat([scorer(prompts, completions, **kwargs) for scorer in scorers])
+        def score() -> Tensor:
+            return torch.cat([scorer(prompts, completions, **kwargs) for scorer in scorers])
+
+        scores = score() if normalize == "none" else on_all(score)
         if normalize == "running_z":
-            moments = moments.updated(_of_all_processes(scores))
-            scores = moments.z(scores)
+            scores = memory.z(scores)
         elif normalize == "group_z":
-            scores = group_z(scores, _groups(prompts, objective))
+            scores = whole_group_z(scores, prompts, smallest, one_size="trainer_state" in kwargs)
         combined = combine(scores, objective, **settings)
         for name, value in summary(scores, combined).items() if log_metric else ():
             log_metric(f"reward_ensemble/{name}", value)  # type: ignore[misc]
         return [None if value != value else value for value in combined.tolist()]
 
     columns = [names for scorer in scorers for names in getattr(scorer, "needs_columns", [])]
-    reward_ensemble.needs_columns = columns  # type: ignore[attr-defined]
+    given: dict[str, Any] = {"needs_columns": columns}
+    needed = [getattr(function, "needs_group", 0) for function in functions]
+    if at_least := max([smallest if normalize == "group_z" else 0, *needed]):
+        given["needs_group"] = at_least
+    if normalize == "running_z" or stateful(functions):
+        given |= {name: getattr(memory, name) for name in ("state_dict", "load_state_dict", "train")}
+    vars(reward_ensemble).update(given)
     return reward_ensemble
+
+
+@dataclass
+class _Memory:
+    """What an ensemble keeps from one call to the next; see `stateful.StatefulReward`."""
+
+    functions: Sequence[Reward]
+    moments: Moments
+    learning: bool = True
+
+    def z(self, scores: Tensor) -> Tensor:
+        """(k, B) of this process, standardised with all scores so far, of all processes and these."""
+        if self.learning:
+            self.moments = self.moments.updated(of_all_processes(scores))
+        return self.moments.z(scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moments": self.moments.saved(), "members": states_of(self.functions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        members = len(state["moments"]["count"])
+        if members != len(self.moments.count):
+            raise ValueError(f"it had {members} members, now {len(self.moments.count)}")
+        load_states(self.functions, state["members"])
+        self.moments = Moments(**state["moments"])
+
+    def train(self, mode: bool = True) -> None:
+        self.learning = mode
+        for _, function in stateful(self.functions):
+            function.train(mode)
 
 
 def _settings(
@@ -98,15 +145,26 @@ def _settings(
     return given
 
 
+def _functions(rewards: Sequence[str | Reward]) -> list[Reward]:
+    """The members under `rewards`, checked."""
+    if isinstance(rewards, str):
+        raise ValueError(f"rewards: expected a list, got {rewards!r}")
+    found = [make_reward(reward) if isinstance(reward, str) else checked(reward) for reward in rewards]
+    for function in found:
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"rewards: {function.__name__} is asynchronous, which an ensemble cannot wait for")
+    return found
+
+
 def _scorers(
-    rewards: Sequence[str | Reward],
+    rewards: Sequence[Reward],
     models: Sequence[str],
     adapters: Sequence[str],
     backbone: str | None,
     options: tuple[Any, ...],
 ) -> list[Scorer]:
     """Scorers (prompts, completions, **columns) -> (members, B), in the order rewards, models, adapters."""
-    for name, members in (("rewards", rewards), ("models", models), ("adapters", adapters)):
+    for name, members in (("models", models), ("adapters", adapters)):
         if isinstance(members, str):
             raise ValueError(f"{name}: expected a list, got {members!r}")
     if len(rewards) + len(models) + len(adapters) < 2:
@@ -127,11 +185,7 @@ def _scorers(
     return found
 
 
-def _of_function(reward: str | Reward) -> Scorer:
-    function = make_reward(reward) if isinstance(reward, str) else checked(reward)
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"rewards: {function.__name__} is asynchronous, which an ensemble cannot wait for")
-
+def _of_function(function: Reward) -> Scorer:
     def score(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Tensor:
         values = function(prompts=prompts, completions=completions, **kwargs)
         return torch.tensor([[float("nan") if value is None else value for value in values]])
@@ -145,27 +199,3 @@ def _of_model(scorer: Callable[[Sequence[Any], Sequence[Any]], Tensor]) -> Score
         return scorer(prompts, completions)
 
     return score
-
-
-def _of_all_processes(scores: Tensor) -> Tensor:
-    """(k, B) of this process -> (k, all B) of all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scores
-    from accelerate.utils import gather_object
-
-    return torch.cat(gather_object([scores]), 1)
-
-
-def _groups(prompts: Sequence[Any], objective: str) -> Tensor:
-    """(B,) number of the run of equal prompts that each completion is in; ValueError for small runs and a minimum."""
-    numbers = [0]
-    for before, after in itertools.pairwise(prompts):
-        numbers.append(numbers[-1] + (after != before))
-    found = torch.tensor(numbers)
-    smallest = int(found.bincount().min())
-    if objective in ("wco", "soft_min") and smallest < SMALLEST_GROUP:
-        raise ValueError(
-            f"normalize: group_z with objective {objective} needs groups of at least {SMALLEST_GROUP} completions, here is "
-            f"one of {smallest}, where it makes members agree; use running_z, or objective uwo"
-        )
-    return found

@@ -69,7 +69,7 @@ def make_tool_call_format(tools: Sequence[str] | Mapping[str, Mapping[str, Any] 
     if isinstance(tools, str) or not tools:
         raise ValueError(f"tools: expected a list of names, or a mapping of names to JSON Schemas, got {tools!r}")
     given = dict(tools) if isinstance(tools, Mapping) else dict.fromkeys(tools)
-    schemas = {name: compiled(True if schema is None else dict(schema)) for name, schema in given.items()}
+    schemas = {name: _arguments_schema(name, schema) for name, schema in given.items()}
 
     def tool_call_format(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         return [_format(completion, schemas) for completion in completions]
@@ -95,6 +95,18 @@ def _success(completion: Any) -> float | None:
 def _failed(content: Any) -> bool:
     """Whether a tool's answer is an error; content blocks (pictures) never are."""
     return isinstance(content, str) and ERROR.match(content) is not None
+
+
+def _arguments_schema(name: Any, schema: Any) -> Schema:
+    """ValueError, which names the tool, for what is no JSON Schema."""
+    if schema is not None and not isinstance(schema, Mapping):
+        raise ValueError(
+            f"tools: the JSON Schema of '{name}' must be a mapping, or null for any object; got {schema!r}"
+        )
+    try:
+        return compiled(True if schema is None else dict(schema))
+    except ValueError as error:
+        raise ValueError(f"tools: the JSON Schema of '{name}': {error}") from error
 
 
 def _format(completion: Any, schemas: Mapping[str, Schema]) -> float | None:

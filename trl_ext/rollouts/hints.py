@@ -62,7 +62,8 @@ def hinted(prompt: Any, rung: Rung) -> Any:
     places = [i for i, turn in enumerate(prompt) if turn["role"] == "user"]
     if not places or not isinstance(prompt[places[-1]]["content"], str):
         raise ValueError(
-            f"a hint goes to the end of the last user turn, which must be a text; the prompt is {prompt!r}"
+            "a hint goes to the end of the last user turn, which must be a text, and this prompt has none; leave such rows out, "
+            "or empty their columns of hints"
         )
     last = prompt[places[-1]]
     return [*prompt[: places[-1]], {**last, "content": last["content"] + line}, *prompt[places[-1] + 1 :]]

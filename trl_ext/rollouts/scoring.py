@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from trl.data_utils import apply_chat_template, is_conversational
 
-from trl_ext.forward import evaluating
+from trl_ext.forward import evaluating, generated
 from trl_ext.methods.grpo.paced import pass_rate
 from trl_ext.rewards.checked import Reward
 
@@ -65,7 +65,8 @@ def _sampled(
     inputs = tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not templated
     ).to(model.device)
-    made = model.generate(
+    made = generated(
+        model,
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         do_sample=True,

@@ -18,7 +18,7 @@ from typing import Any
 
 from evals.graders.strict_json import load_tolerant
 from trl_ext.annotate.base import AnnotatorError, RefusedError
-from trl_ext.annotate.endpoint import EndpointAnnotator
+from trl_ext.annotate.endpoint import EndpointAnnotator, check_fields
 from trl_ext.method import Unavailable
 from trl_ext.rollouts.synthesis import Ask, Offer
 from trl_ext.rollouts.vetting import question_text, with_question
@@ -240,9 +240,7 @@ def _plain(text: str) -> str:
 
 def endpoint_synthesiser(spec: Mapping[str, Any], folder: str | None = None) -> EndpointSynthesiser:
     """From the fields in a recipe; ValueError for unknown, missing or unusable ones."""
-    known = {f.name for f in dataclasses.fields(EndpointSynthesiser)} - {"folder"}
-    if unknown := set(spec) - known:
-        raise ValueError(f"unknown endpoint field {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    check_fields(EndpointSynthesiser, spec, but=("folder",))
     if missing := {"base_url", "model"} - set(spec):
         raise ValueError(f"an endpoint needs {' and '.join(sorted(missing))}")
     return EndpointSynthesiser(**spec, folder=folder)

@@ -104,7 +104,7 @@ def load_evaluation(names: Sequence[str]) -> Index:
         prompts[item.id] = "\n".join(message["content"] for message in item.messages)
         questions[item.id] = item.messages[-1]["content"]
     for name in files:
-        lines = [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in Path(name).read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts |= {f"{name}:{i}": line for i, line in enumerate(lines)}
         questions |= {f"{name}:{i}": line for i, line in enumerate(lines)}
     return Index.of(prompts, questions)

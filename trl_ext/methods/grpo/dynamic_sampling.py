@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trl_ext.checks import reward_named
+from trl_ext.checks import parts_of_groups, reward_named
 from trl_ext.method import Attempt, Method, Revision, Setup, param
 from trl_ext.rollouts.refill import Refill, has_signal, refill
 
@@ -81,6 +81,10 @@ class DynamicSampling(Method):
 
     # What it declares
 
+    @property
+    def asks_fresh(self) -> bool:
+        return self.rounds > 0
+
     def cost(self) -> str:
         return f"up to {self.rounds} more rounds of generation and scoring per rollout; no extra forward"
 
@@ -92,6 +96,10 @@ class DynamicSampling(Method):
             )
         if self.low is not None and self.high is not None and self.low > self.high:
             problems.append(f"low {self.low} is above high {self.high}, so no group is kept; swap them")
+        size, processes = getattr(setup.args, "num_generations", 1), getattr(setup.args, "world_size", 1)
+        if size % processes:
+            why = f"{processes} processes share out fresh groups of {size} unevenly (num_generations: a multiple of them)"
+            problems += parts_of_groups(setup, why)
         return problems + reward_named(setup, self.reward, "reward")
 
     # Rollout. state: "draws", how often fresh prompts were asked for in this run

@@ -16,12 +16,14 @@ An epoch is one pass over the active pool: floor(size / prompts per rollout) rol
 
 A row that is made in epoch e is drawn from epoch e + 1 on. Rollouts, advantages and loss are TRL's. The statistics read
 the reward as its function gives it, before other methods shape it; a completion without a score counts as 0. Where
-another method replaces completions by ones that had help, those count too.
+another method replaces completions by ones that had help, the replaced ones count.
 
 Synthesis runs on the main process; every attempt, accepted or not, is a line of `rods/rows.jsonl` in the run's folder,
 with its parent, generator, seed, step and verdict, and the pool itself is in every checkpoint. An endpoint that fails
-for good ends the run with a checkpoint; `--resume` asks again for what is missing alone. A checkpoint belongs to its data
-set. Seeds of another kind than problems with an answer (tools, environments) need a `module.function`.
+for good ends the run with a checkpoint; `--resume` asks again for what is missing alone. The end of an epoch makes no
+checkpoint: a run that is killed before the next one makes the same rows again, an endpoint's from the replies in
+`rods/replies`, a function's from the same random numbers. A checkpoint belongs to its data set. Seeds of another kind
+than problems with an answer (tools, environments) need a `module.function`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Paper: "Scaf-GRPO: Scaffolded Group Relative Policy Optimization for Enhancing L
 Card: scaf_grpo. For question q with completions o_1..o_G and rewards R, and hints h_1, h_2, ... (abstract to concrete):
 
     trigger    step > warm-up  and  max_i R(o_i) <= 0
-    o*_l       ~ pi_old( . | q + h_l)                        one completion for each level, all in one batched call
+    o*_l       ~ pi_old( . | q + h_l)                        one completion for each level, as many at once as o
     l*         = min { l : R(o*_l) > 0 }                     none: the group stays as it is
     O'         = O with o*_{l*} in place of the first failed one
     A', r      GRPO's over O'; for o* both log-probs are those under q + h_{l*}, so the ratio is 1 at the first update
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_ext.checks import reward_named, unread
+from trl_ext.checks import parts_of_groups, reward_named, unread
 from trl_ext.method import Attempt, Method, Metrics, Revision, Setup, param
 from trl_ext.rollouts.hints import Rung, first_solved, hinted, ladder
 
@@ -126,9 +126,7 @@ class ScafGrpo(Method):
     # What it declares
 
     def cost(self) -> str:
-        return (
-            "one more completion for each hint of each failed prompt, generated and scored at once; no extra forward"
-        )
+        return "one more completion for each hint of each failed prompt, at most a rollout's at once; no extra forward"
 
     def check(self, setup: Setup) -> list[str]:
         problems = _column_problems(self.columns)
@@ -141,12 +139,13 @@ class ScafGrpo(Method):
         if self.replace_num == 2 and self.replace_hint_prompt:
             problems.append("replace_num 2 already keeps one prompt without hint; leave replace_hint_prompt false")
         problems += unread(self, {"warmup_steps: none": (self.warmup_steps is None, ("warmup",))})
+        problems += parts_of_groups(setup, "a completion with a hint is scored by itself")
         return problems + reward_named(setup, self.reward, "reward", "says solved or not")
 
     # Rollout
 
     def revise(self, attempt: Attempt) -> Revision | None:
-        self._warn(attempt.rows)
+        self._check_rows(attempt.rows)
         before = attempt.reward(self.reward)
         stuck = failed(before, self.threshold)
         attempt.metrics.mean("failed_groups", stuck.sum())
@@ -166,20 +165,29 @@ class ScafGrpo(Method):
         """All levels of all these prompts that are short enough, prompt by prompt, in the order of the ladder."""
         trials = []
         for prompt in prompts:
-            row = attempt.rows[prompt]
-            rungs = ladder(row, self.columns, self.cumulative)
-            own = [Trial(prompt, rung, {**row, "prompt": hinted(row["prompt"], rung)}) for rung in rungs]
+            own = self._levels(prompt, attempt.rows[prompt])
             fit = [trial for trial in own if self._fits(attempt, trial)]
             attempt.metrics.mean("too_long", float(len(fit) < len(own)))
             attempt.metrics.mean("no_hint", float(not fit))
             trials += fit
         return trials
 
+    def _levels(self, prompt: int, row: Mapping[str, Any]) -> list[Trial]:
+        """All levels of one prompt. ValueError for hints or a prompt that do not go together with the settings."""
+        try:
+            rungs = ladder(row, self.columns, self.cumulative)
+            return [Trial(prompt, rung, {**row, "prompt": hinted(row["prompt"], rung)}) for rung in rungs]
+        except ValueError as error:
+            raise ValueError(f"scaf_grpo: the row with the prompt {str(row['prompt'])[-200:]!r}: {error}") from error
+
     def _fits(self, attempt: Attempt, trial: Trial) -> bool:
         return self.max_prompt_tokens is None or attempt.prompt_tokens(trial.row) <= self.max_prompt_tokens
 
-    def _warn(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Once, if the data has none of the columns: the run is plain GRPO then."""
+    def _check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """From the first rollout on, not only once a prompt fails after the warm-up: ValueError for a row that cannot get
+        its hints, and a warning, once, if the data has none of the columns (the run is plain GRPO then)."""
+        for row in rows:
+            self._levels(0, row)
         if not self._kept.get("warned") and not any(column in row for row in rows for column in self.columns):
             self._kept["warned"] = True
             warnings.warn(

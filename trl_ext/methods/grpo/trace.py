@@ -28,6 +28,7 @@ from torch import Tensor
 
 from trl_ext.annotate import (
     Annotator,
+    AnnotatorError,
     Request,
     Span,
     make_annotator,
@@ -239,7 +240,7 @@ class Trace(Method):
         started = time.perf_counter()
         annotator: Any = self._outside_annotator if self.annotator != "policy" else self._policy(rollout)
         failed_before = annotator.stats["parse_failures"] if hasattr(annotator, "stats") else 0
-        answers = annotator(requests) if requests else []
+        answers = self._answers(annotator, requests, rollout)
         rollout.metrics.mean("annotate_seconds", time.perf_counter() - started)
         if requests and hasattr(annotator, "stats"):
             failed = annotator.stats["parse_failures"] - failed_before
@@ -248,6 +249,21 @@ class Trace(Method):
         for i, found in zip(sent, answers, strict=True):
             spans[i] = found
         return spans
+
+    def _answers(self, annotator: Annotator, requests: list[Request], rollout: Rollout) -> Sequence[list[Span]]:
+        """AnnotatorError on all processes if it fails on one: the others would wait."""
+        answers: Sequence[list[Span]] = []
+        problem: AnnotatorError | None = None
+        try:
+            answers = annotator(requests) if requests else []
+        except AnnotatorError as error:
+            problem = error
+        failed, _ = rollout.gather(rollout.advantages.new_tensor([float(problem is not None)]))
+        if problem is not None:
+            raise problem
+        if failed.any():
+            raise AnnotatorError(f"annotator: it failed on process {int(failed.argmax())}, which says what was wrong")
+        return answers
 
     def _policy(self, rollout: Rollout) -> Annotator:
         return make_annotator("policy", generate=lambda prompts: rollout.generate(prompts, self.max_annotation_tokens))
