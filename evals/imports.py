@@ -85,7 +85,7 @@ Entry = tuple[str, str, Mapping[str, Any]]
 
 
 def _lm_eval(path: Path, choice: str | None) -> Iterator[Entry]:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     filters = sorted({str(line.get("filter", "none")) for line in lines})
     if choice is None and len(filters) > 1:
         raise ImportProblem(f"{path}: scored by several filters; choose one of {', '.join(filters)}")

@@ -367,6 +367,10 @@ def test_loss_that_is_not_finite_is_reported(tmp_path, monkeypatch, caplog):
         ({"methods": "logistic"}, r"logistic: .*name it: `loss_type: \[logistic\]` or \[sigmoid, logistic\]"),
         ({"methods": "logistic", "loss_type": "logistic", "use_weighting": True}, "set `use_weighting: false`"),
         ({"methods": "logistic", "loss_type": "logistic", "f_divergence_type": "forward_kl"}, "set it to reverse_kl"),
+        (
+            {"methods": "logistic", "loss_type": "logistic", "f_alpha_divergence_coef": 0.3},
+            r"logistic: f_alpha_divergence_coef is read by .* leave it at 0\.5",
+        ),
         ({"f_divergence_type": "forward_lk"}, "'forward_lk' is not one of .* did you mean 'forward_kl'"),
         ({"methods": "curious", "precompute_ref_log_probs": True}, "curious: needs the reference per token"),
         ({"methods": "greedy"}, "greedy: the dpo trainer does not provide entropy_at_rollout, teacher"),

@@ -11,7 +11,7 @@ import trl
 import yaml
 from trl.scripts.grpo import GRPOScriptArguments
 
-from trl_ext.recipe import RecipeError, find_recipe, load_recipe
+from trl_ext.recipe import RecipeError, find_recipe, load_recipe, without_secrets
 from trl_ext.settings import read_overrides, read_yaml
 
 SHIPPED = [  # pipelines are planned in tests/loops/test_stages.py
@@ -298,3 +298,4 @@ def test_the_resolved_recipe_holds_no_secret(tmp_path: Path) -> None:
     assert "hidden" not in text
     assert recipe.resolved()["model_init_kwargs"] == {"nested": {"kept": 1}}
     assert recipe.resolved()["learning_rate"] == 1e-6, "defaults are written too"
+    assert without_secrets({1: {"token": "hidden"}, "difficulty": {2: 0.5}}) == {1: {}, "difficulty": {2: 0.5}}

@@ -76,13 +76,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_log_survives_a_cut_last_line_and_holds_strict_json(tmp_path):
-    entries = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": math.nan, "kl": math.inf}]
+    entries = [{"step": 1, "reward": 0.5, "note": "a\u2028b\x85"}, {"step": 2, "reward": math.nan, "kl": math.inf}]
     text = "".join(map(files.log_line, entries))
     assert "NaN" not in text
     assert "Infinity" not in text
     (tmp_path / files.LOG).write_text(text + '{"step": 3, "rew')
     read = files.read_log(tmp_path)
-    assert read == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": None, "kl": None}]
+    assert read == [entries[0], {"step": 2, "reward": None, "kl": None}]
     steps, values = files.series(read, "reward")
     assert (steps, values[0], math.isnan(values[1])) == ([1, 2], 0.5, True)
     assert files.series(read, "kl")[0] == [2]

@@ -37,6 +37,8 @@ READ_BY = {
     "discopop_tau": ("discopop",),
 }
 """Setting of TRL -> its losses that read it."""
+F_ALPHA = trl.DPOConfig.f_alpha_divergence_coef
+"""TRL's default, which nothing reads without `f_divergence_type: alpha_divergence`."""
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -76,6 +78,10 @@ def check_losses(args: trl.DPOConfig, plan: Plan) -> None:
             problems.append(f"{name}: use_weighting reaches TRL's losses only; set `use_weighting: false`")
         if args.f_divergence_type != "reverse_kl":
             problems.append(f"{name}: f_divergence_type reaches TRL's losses only; set it to reverse_kl")
+        if args.f_alpha_divergence_coef != F_ALPHA:
+            problems.append(
+                f"{name}: f_alpha_divergence_coef is read by TRL's alpha_divergence only; leave it at {F_ALPHA}"
+            )
     if args.f_divergence_type not in F_DIVERGENCES:
         near = did_you_mean(args.f_divergence_type, F_DIVERGENCES)
         problems.append(

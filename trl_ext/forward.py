@@ -18,7 +18,10 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 from trl.trainer.utils import use_adapter
+
+from trl_ext.batch import replaced
 
 LOGITS_BUDGET = 2**25
 """Entries of one (positions, V) block of float32 logits: 128 MiB. More positions are done in blocks."""
@@ -247,6 +250,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def generated(model: nn.Module, **asked: Any) -> Tensor:
+    """`model.generate(**asked)`: token ids (rows, prompt and completion), by what is asked and transformers' defaults.
+
+    `generate` fills every field that is not named from the model's own generation config, as its checkpoint brings it
+    (typical_p, repetition_penalty, num_beams, suppress_tokens, ...); here it finds an empty one. Name the end tokens.
+    """
+    with replaced(base_model(model), generation_config=GenerationConfig()):
+        return model.generate(**asked)  # type: ignore[operator]
 
 
 @contextlib.contextmanager

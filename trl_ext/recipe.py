@@ -165,5 +165,5 @@ def _plain(value: Any) -> Any:
 def without_secrets(value: Any) -> Any:
     """The same without entries whose key says that they are a secret."""
     if isinstance(value, dict):
-        return {k: without_secrets(v) for k, v in value.items() if not _SECRET.search(k)}
+        return {k: without_secrets(v) for k, v in value.items() if not _SECRET.search(str(k))}
     return [without_secrets(v) for v in value] if isinstance(value, list) else value

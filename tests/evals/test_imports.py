@@ -55,6 +55,16 @@ def test_pairs_by_document_not_by_position(tmp_path):
     assert (same.paired.comparison.difference, same.paired.comparison.p) == (0, 1)
 
 
+def test_a_question_may_hold_any_line_separator(tmp_path):
+    """lm-eval writes them as they are (ensure_ascii=False); str.splitlines() splits at U+2028, U+2029 and U+0085."""
+    rows = [line(i, BASE[i], doc={"question": f"q{i} \u2028 \u2029 \x85 \x0c"}) for i in range(12)]
+    folder = samples(tmp_path / "a", rows)
+    (path,) = folder.iterdir()
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (run,) = read_runs(folder)
+    assert len(run.rows) == 12
+
+
 def test_questions_of_one_run_only_are_dropped_and_counted(tmp_path):
     a = samples(tmp_path / "a", [line(i, BASE[i]) for i in range(10)])
     b = samples(tmp_path / "b", [line(i, TUNED[i]) for i in range(3, 12)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,12 +179,24 @@ def test_state_survives() -> None:
 def test_diary_rewinds(tmp_path: Path) -> None:
     diary = Diary(tmp_path)
     diary.rewind(0)
-    diary.write([{"round": 0, "question": "é"}, {"round": 1}])
+    question = "é\u2028a\u2029b\x85c\x0c\r\n"  # str.splitlines() splits at all of these
+    diary.write([{"round": 0, "question": question}, {"round": 1}])
     diary.write([{"round": 2}])
     with diary.path.open("a") as file:
         file.write('{"round": 2, "que')
     diary.rewind(2)
-    assert [json.loads(line)["round"] for line in diary.path.read_text().splitlines()] == [0, 1]
+    with diary.path.open(encoding="utf-8") as file:
+        assert [json.loads(line) for line in file] == [{"round": 0, "question": question}, {"round": 1}]
+
+
+def test_diary_that_cannot_be_rewound_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diary = Diary(tmp_path)
+    diary.write([{"round": 0}, {"round": 1}])
+    before = diary.path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        diary.rewind(1)
+    assert diary.path.read_bytes() == before
 
 
 def test_settings_from_a_recipe() -> None:

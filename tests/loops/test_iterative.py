@@ -23,6 +23,7 @@ from trl_ext.checkpoints import CheckpointError
 from trl_ext.data import DataError, load_data
 from trl_ext.loops import building, iterative, policies
 from trl_ext.loops.iterative import IterativeTrainer
+from trl_ext.loops.pairs import losing, self_play_rewards, wins_of_scores
 from trl_ext.loops.policies import Policies
 from trl_ext.loops.round_files import folder_of
 from trl_ext.loops.round_log import Relay
@@ -123,7 +124,8 @@ POINTS = {
     "while sampling": ((IterativeTrainer, "_part"), 2),
     "after samples": ((building, "verdicts"), 1),
     "after scores": ((building, "training_lines"), 1),
-    "before training": ((iterative, "build_trainer"), 1),
+    "trying the trainer": ((iterative, "build_trainer"), 1),
+    "before training": ((iterative, "build_trainer"), 2),
     "inside training": ((Relay, "on_step_end"), 2),
     "after training": ((IterativeTrainer, "_store"), 1),
     "after the policy": ((IterativeTrainer, "_extrapolate"), 1),
@@ -314,7 +316,8 @@ def test_each_round_begins_where_the_last_one_ended(tmp_path, monkeypatch):
     for name, keys in {"full": {}, "lora": LORA | {"learning_rate": 0.05}}.items():
         starts.clear()
         trainer = played(make(tmp_path / name, max_steps=2, **keys))
-        first, second = starts
+        tried, first, second = starts
+        assert_equal(tried, first)
         ended, base = policy(trainer, 1), weights_of(make(tmp_path / "base").model)
         assert_equal({n: first[n] for n in base}, base)
         assert_equal({n: second[n] for n in ended}, ended)
@@ -341,6 +344,14 @@ def test_anchor(tmp_path):
     assert_equal(weights_of(trainer.model), policy(trainer, 2))  # the trained policy, not an anchor
     entry = next(e for e in trainer.state.log_history if e.get("iterative/round") == 1)
     assert entry["nesterov/anchor_distance"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_the_first_anchor_can_be_skipped(tmp_path):
+    trainer = make(tmp_path, {"rounds": 4, "prompts_per_round": 2, "nesterov": {"skip_first": True}})
+    assert [trainer._anchored(number) for number in range(5)] == [False, False, True, True, False]
+    assert [Path(trainer._start(number)).name for number in (2, 3, 4)] == ["policy", "anchor", "anchor"]
+    plain = make(tmp_path / "b", {"rounds": 4, "prompts_per_round": 2, "nesterov": {"skip_first": False}})
+    assert [plain._anchored(number) for number in range(5)] == [False, True, True, True, False]
 
 
 def anchor_kl(trainer: IterativeTrainer) -> float:
@@ -417,8 +428,8 @@ def test_other_settings_do_not_resume(tmp_path, monkeypatch):
         kill(patch, (building, "verdicts"))
         with pytest.raises(Killed):
             make(tmp_path).train()
-    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.003, is 0\.1"):
-        make(tmp_path, learning_rate=0.1).train()
+    with pytest.raises(CheckpointError, match=r"seed was 42, is 7"):
+        make(tmp_path, seed=7).train()
 
 
 @pytest.mark.parametrize(
@@ -426,7 +437,8 @@ def test_other_settings_do_not_resume(tmp_path, monkeypatch):
     [
         ({"answer": "x"}, {}, "sha256 of the rows was"),
         ({"prompt": "other"}, {}, "sha256 of the rows was"),
-        ({}, {"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, is 2"),
+        ({}, {"seed": 7}, "seed was 42, is 7"),
+        ({}, {"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
         ({}, {"dpo_loop": {"temperature": 0.9}}, r"loop\.iterative\.temperature was 1\.0, is 0\.9"),
     ],
 )
@@ -449,6 +461,57 @@ def test_other_rows_and_settings_do_not_resume(tmp_path, monkeypatch, row, keys,
         with pytest.raises(CheckpointError, match=told):
             refuses()
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")} == before
+
+
+def test_the_trainers_own_settings_may_change_until_it_has_trained(tmp_path, monkeypatch):
+    """Killed inside round 1's training: another batch and rate start it afresh on the same samples. Not in round 2."""
+    with monkeypatch.context() as patch:
+        kill(patch, (Relay, "on_step_end"), 2)
+        with pytest.raises(Killed):
+            make(tmp_path / "a").train()
+    before = (rounds_at(tmp_path / "a") / "samples.jsonl").read_bytes()
+    assert (rounds_at(tmp_path / "a") / "train" / "checkpoint-1").is_dir()
+    mended = {"per_device_train_batch_size": 2, "learning_rate": 0.01}
+    with monkeypatch.context() as patch:
+        kill(patch, (Relay, "on_step_end"), 5)
+        with pytest.raises(Killed):
+            make(tmp_path / "a", **mended).train()
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.01, is 0\.003"):
+        make(tmp_path / "a")
+    again, whole = played(make(tmp_path / "a", **mended)), played(make(tmp_path / "b", **mended))
+    assert (rounds(again, 1) / "samples.jsonl").read_bytes() == before
+    assert_equal(policy(again, 1), policy(whole, 1))
+    assert_equal(policy(again, 2), policy(whole, 2))
+
+
+def test_which_settings_reach_the_trainer_alone():
+    own = ("beta", "max_length", "gradient_checkpointing", "methods.dno.variant", "lora_r", "use_peft", "loss_type")
+    shared = ("seed", "use_cpu", "model_name_or_path", "dtype", "trainer", "rewards.pairs", "model_init_kwargs.x")
+    assert all(map(iterative.trainers_own, own))
+    assert not any(map(iterative.trainers_own, (*shared, "loop.iterative.temperature", "dataset_name", "model")))
+
+
+@pytest.mark.parametrize(
+    ("build", "keys", "mended", "told"),
+    [
+        ("kto", {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 4}, "batch size must be > 1"),
+        ("dpo", LORA | {"lora_target_modules": ["nope"]}, LORA, "not found in the base model"),
+    ],
+)
+def test_what_the_trainer_refuses_is_told_before_anything_is_sampled(tmp_path, build, keys, mended, told):
+    builder = kto if build == "kto" else make
+    with pytest.raises(ValueError, match=told):
+        builder(tmp_path, **keys, max_steps=1).train()
+    assert not list((tmp_path / "run").rglob("*.json*"))
+    assert played(builder(tmp_path, **mended, max_steps=1)).summary()
+
+
+def test_no_token_is_written(tmp_path):
+    """The trainer pickles its arguments beside checkpoints and weights."""
+    trainer = played(make(tmp_path, {"rounds": 1}, max_steps=1, hub_token="hf_hidden"))
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in written) and trainer.args.hub_token == "hf_hidden"
+    assert not [path for path in written if b"hf_hidden" in path.read_bytes()]
 
 
 def rounds_at(folder: Path) -> Path:
@@ -571,6 +634,21 @@ def test_one_reply_alone_is_enough_for_a_label_and_no_pair(tmp_path):
     assert building.contradictions(sampled, [verdict], pairs.loop) == 0
 
 
+def test_two_replies_with_the_same_text_make_no_pair(tmp_path, monkeypatch):
+    """Scores 6, 3, 0: only the third reply differs. The fourth is the first one cut off, an automatic negative."""
+    monkeypatch.undo()
+    loop = make(tmp_path, {"pairs": "rubric"}).loop
+    cut = [("same", False), ("same", False), ("other", False), ("same", True)]
+    replies = [{"text": text, "tokens": [1], "cut": end} for text, end in cut]
+    line = {"round": 1, "prompt": 0, "sampler": "m", "teacher": None, "replies": replies}
+    wins = losing(wins_of_scores([6, 3, 0, 6]), [False, False, False, True])
+    verdict = {"scores": [6, 3, 0, 6], "wins": wins.tolist(), "rewards": self_play_rewards(wins).tolist()}
+    verdict["negatives"] = [end for _, end in cut]
+    found = building.pair_lines([{"prompt": "p"}], [line], [verdict], loop)
+    assert [row["replies"] for row in found] == [[0, 2]]
+    assert building.identical([line], [verdict], loop) == 2, "0 over 1 and 0 over 3"
+
+
 # Refusals
 
 
@@ -604,6 +682,8 @@ def test_no_pair(tmp_path, monkeypatch):
         ({"num_samples": 1}, {}, "one reply alone makes no pair"),
         ({"nesterov": {"alpha": 1}}, {}, r"alpha 1 must be in \[0, 1\)"),
         ({"nesterov": {"mode": "logps"}}, {}, "between rounds weights are extrapolated"),
+        ({"nesterov": {"skip_first": 1}, "rounds": 3}, {}, "skip_first 1 must be true or false"),
+        ({"nesterov": {"skip_first": True}}, {}, "skip_first has no effect in 2 rounds"),
         ({"nesterov": {"alhpa": 0.3}}, {}, "unknown setting 'alhpa'"),
         ({"scorer": "verifyer"}, {}, "did you mean 'verifier'"),
         ({"scorer": {"judge": {"base_url": "http://x/v1", "model": "m"}}}, {}, "the judge does not read them"),
@@ -614,6 +694,10 @@ def test_no_pair(tmp_path, monkeypatch):
             {"rewards": []},
             "this judge only compares",
         ),
+        ({"repeat_share": 7.0}, {}, r"repeat_share: 7\.0 must be <= 1"),
+        ({"scorer": {"judge": "gpt-4"}}, {"rewards": []}, "judge: expected a mapping of its settings, got 'gpt-4'"),
+        ({"scorer": {"ensemble": {"models": "org/name"}}}, {"rewards": []}, "models 'org/name' must be a list"),
+        ({}, {"dataset_streaming": True}, "dataset_streaming: the loop makes data of all rows.*set it to false"),
         ({}, {"sync_ref_model": True}, "sync_ref_model moves the reference"),
         ({}, {"eval_strategy": "steps"}, "eval_strategy: set it to no"),
         ({}, {"use_peft": True, "load_in_4bit": True}, "adapters are merged between rounds"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import doctest
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from trl import KTOTrainer
+from datasets import Dataset
+from trl import KTOConfig, KTOTrainer
 
-from trl_ext.loops import labels
-from trl_ext.loops.labels import Balance, Episode, balance, labels_from_scores
+from tests.tiny import tiny_path, tiny_tokenizer
+from trl_ext.loops import Episode, balance, capped, labels, role_rows
+from trl_ext.loops.labels import Balance, labels_from_scores
 
 
 def test_a_score_at_the_threshold_is_desirable() -> None:
@@ -72,6 +77,33 @@ def test_a_cap_keeps_long_episodes_from_dominating() -> None:
         labels.capped(rows, 0, seed=0)
 
 
+def test_the_example_runs() -> None:
+    found = doctest.testmod(labels, raise_on_error=False)
+    assert found.attempted == 9 and found.failed == 0
+
+
+def test_a_script_trains_each_role_on_its_labels(tmp_path: Path) -> None:
+    """The library's way, with TRL's own trainer: two episodes that were played elsewhere, a data set for each role."""
+    turns = {role: [("Left?", " No."), ("Sure?", " Yes.")] for role in ("blue", "red")}
+    episodes = [Episode("a", {"blue": 1.0, "red": 0.0}, turns), Episode("b", {"blue": 0.0, "red": 1.0}, turns)]
+    for role, first in (("blue", True), ("red", False)):
+        rows = capped(role_rows(episodes, role), 1, seed=0)
+        assert [row["label"] for row in rows] == [first, not first]
+        args = KTOConfig(
+            str(tmp_path / role),
+            per_device_train_batch_size=2,
+            max_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+        )
+        data = Dataset.from_list(rows)
+        trainer = KTOTrainer(tiny_path(), args=args, train_dataset=data, processing_class=tiny_tokenizer())
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+
 def test_replay_takes_the_newest_first() -> None:
     new, middle, old = ([{"i": i}] * n for i, n in ((3, 6), (2, 2), (1, 4)))
     assert [r["i"] for r in labels.with_replay(new, [old, middle], 1 / 3)] == [3] * 6 + [2, 2, 1], "a third of nine"
@@ -113,7 +145,13 @@ LR, KL = [3.0, 1.0, -2.0, 0.5], [0.4, -0.2, 0.6, 0.8]
 LABELS = [True, True, False, False]
 
 
-def kto(lr: torch.Tensor, kl: list[float], desirable: float = 1.0, undesirable: float = 1.0) -> tuple[Any, float]:
+def kto(
+    lr: torch.Tensor,
+    kl: list[float],
+    desirable: float = 1.0,
+    undesirable: float = 1.0,
+    labels: Sequence[bool] = LABELS,
+) -> tuple[Any, float]:
     """TRL's loss and z of a batch with log-ratios `lr` and, of the mismatched pairs, `kl`; the reference gives 0."""
     rows = len(lr)
     matched = torch.arange(rows)[:, None] * torch.ones(1, 2, dtype=torch.long)
@@ -123,7 +161,7 @@ def kto(lr: torch.Tensor, kl: list[float], desirable: float = 1.0, undesirable: 
         "completion_mask": torch.tensor([[0, 1]] * rows),
     }
     batch |= {"KL_" + key: value for key, value in batch.items()} | {"KL_input_ids": matched + rows}
-    batch |= {"label": torch.tensor(LABELS[:rows]), "ref_logps": torch.zeros(rows), "ref_KL_logps": torch.zeros(rows)}
+    batch |= {"label": torch.tensor(labels[:rows]), "ref_logps": torch.zeros(rows), "ref_KL_logps": torch.zeros(rows)}
 
     def model(input_ids: torch.Tensor, **kwargs: object) -> SimpleNamespace:
         given = lr if int(input_ids[0, 0]) < rows else torch.tensor(kl)
@@ -162,13 +200,13 @@ def test_the_cards_kto_numbers_are_trls() -> None:
 
 
 def test_each_loss_of_the_card() -> None:
-    """lambda_D scales the desirable losses alone, which gives their sum; the same for each example by its sigmoid."""
-    expected = [0.435364, 0.485004, 0.440286, 0.502500]
-    sign = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    by_hand = 1 - torch.sigmoid(0.1 * sign * (torch.tensor(LR) - 0.4))
-    assert by_hand.tolist() == pytest.approx(expected, abs=1e-6)
-    desirable = kto(torch.tensor(LR), KL, 2.0)[0] - kto(torch.tensor(LR), KL)[0]
-    assert 4 * desirable.item() == pytest.approx(sum(expected[:2]), abs=1e-5)
+    """TRL's loss of a batch that is one example four times, with the card's mismatched pairs; the weight of its class
+    scales it, the other one does not."""
+    for lr, label, expected in zip(LR, LABELS, [0.435364, 0.485004, 0.440286, 0.502500], strict=True):
+        four, own = torch.tensor([lr] * 4), [label] * 4
+        assert kto(four, KL, labels=own)[0].item() == pytest.approx(expected, abs=1e-6)
+        desirable, undesirable = (2.0, 3.0) if label else (3.0, 2.0)
+        assert kto(four, KL, desirable, undesirable, own)[0].item() == pytest.approx(2 * expected, abs=2e-6)
 
 
 def test_z_is_never_negative_and_at_the_reference_each_loss_is_a_half() -> None:

@@ -25,8 +25,6 @@ def test_worked_advantages() -> None:
     scaled = [1.138389, -0.790176, -0.115178, -0.790176, -0.790176, 1.347317]
     assert centred.tolist() == pytest.approx(without, abs=1e-6)
     assert (centred / (r.std() + 1e-4)).tolist() == pytest.approx(scaled, abs=1e-6)
-    s = torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)
-    assert ((s - s.mean()) / (s.std() + 1e-4)).tolist() == pytest.approx([0.912704] * 3 + [-0.912704] * 3, abs=1e-6)
 
 
 def test_worked_filter() -> None:
@@ -125,12 +123,25 @@ def test_whole_numbers(question: str, answer: str, given_away: bool) -> None:
         ("<problem>a</problem><problem>b</problem>\\boxed{1}\\boxed{\\frac{1}{2}}", "a", "\\frac{1}{2}"),
         ("<problem>a</problem>", "a", ""),
         ("<problem>a \\boxed{3}", "", "3"),
-        ("<problem>a</problem>\\boxed{1} and \\boxed{2", "a", "1"),
+        ("<problem>a</problem>\\boxed{1} and \\boxed{2", "a", ""),  # cut off: no answer, as in the evaluation
         ("nothing", "", ""),
+        ("<problem>a</problem>\\boxed{1} or \\boxed{2} or \\boxed{1}", "a", "1"),
+        ("<problem>a</problem>\\boxed{}", "a", ""),
+        ("</problem><problem>a", "", ""),
     ],
 )
 def test_blocks(text: str, question: str, answer: str) -> None:
     assert rules.parse_blocks(text) == Proposal(question, answer)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "\\boxed{}", "\\boxed{a ", "{", "}", "<problem>", "</problem>", "</think>"]
+)
+def test_hostile_proposals(piece: str) -> None:
+    """Each would take minutes or hours where time grows with the square of the length."""
+    assert rules.parse_blocks(piece * 100_000 + "<problem>a").answer == ""
+    assert rules.parse_blocks("\\boxed{" * 100_000 + "7" + "}" * 100_000) == Proposal("", "7")
 
 
 @pytest.mark.parametrize(

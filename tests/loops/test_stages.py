@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from trl_ext.loops import pipeline as running
 from trl_ext.loops import stage_report
 from trl_ext.loops.failures import as_text, last_means
 from trl_ext.loops.pipeline import run_pipeline
+from trl_ext.loops.stage_checks import check_same
 from trl_ext.loops.stages import is_pipeline, load_pipeline
 from trl_ext.recipe import RecipeError, load_recipe
 from trl_ext.run_folder import STATUS, mark
@@ -347,6 +349,25 @@ def test_failures_of_a_stage_are_the_prompts_of_the_next(tmp_path: Path) -> None
     assert "'below': 0.25" in refused(str(pipeline.path), *again)
 
 
+def test_a_moved_pipeline_has_the_same_settings(tmp_path: Path) -> None:
+    """What lies in its folder counts by name: the model before, and the prompts that an earlier stage failed."""
+    stage: Any = SimpleNamespace(number=2, name="last", failures=object())
+    settings = {"model_name_or_path": "/a/models/1", "dataset_name": "/a/failures_1_for_2.parquet", "beta": 0.1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+
+    def check(**other: Any) -> None:
+        check_same(stage, cast(Any, SimpleNamespace(resolved=lambda: settings | other)), tmp_path)
+
+    check(dataset_name="/b/failures_1_for_2.parquet", model_name_or_path="/b/models/1")
+    with pytest.raises(
+        CheckpointError, match=r"dataset_name 'failures_1_for_2\.parquet' then, 'failures_0_for_2\.parquet'"
+    ):
+        check(dataset_name="/b/failures_0_for_2.parquet")
+    stage.failures = None
+    with pytest.raises(CheckpointError, match="dataset_name"):
+        check(dataset_name="/b/failures_1_for_2.parquet")
+
+
 def test_the_last_visit_counts(tmp_path: Path) -> None:
     folder = tmp_path / "completions"
     folder.mkdir()
@@ -385,7 +406,7 @@ def test_failures_of_a_stage_that_asks_nothing(tmp_path: Path) -> None:
 def test_the_sandbox_report_pairs_the_same_problems(tmp_path: Path) -> None:
     """Two stages on the sandbox: three models, one row each; the same problems, so differences of means are the means'."""
     grpo = {k: v for k, v in GRPO.items() if k != "columns"} | {"dataset_name": "sandbox/math", "max_steps": 1}
-    grpo |= {"rewards": ["json_valid"], "dataset_options": {"n": 8}}
+    grpo |= {"rewards": ["json_valid"], "dataset_options": {"n": 8, "difficulty": {1: 1.0}}}  # a key that is no text
     path = recipe(
         tmp_path, {"one": grpo, "two": DPO | {"max_steps": 1}}, model_name_or_path="sandbox", eval={"rows": 4}
     )
@@ -414,6 +435,10 @@ def test_the_sandbox_report_pairs_the_same_problems(tmp_path: Path) -> None:
     assert "models ['a', 'a'] then" in refused(path)
     file.write_text(json.dumps(kept))
     assert run_pipeline(load_pipeline(path), resume=True).text == result.text
+    mark(tmp_path / "run", "running")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = load_pipeline(path, ["--output_dir", str(tmp_path / "moved")])
+    assert run_pipeline(moved, resume=True).text == result.text.replace(f"{tmp_path}/run", f"{tmp_path}/moved")
 
 
 def test_the_harness_between_stages(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from trl_ext.loops.settings import PasoDoble
 from trl_ext.loops.trainer import PasoDobleTrainer
 from trl_ext.plan import PlanError
 from trl_ext.recipe import RecipeError, load_recipe
+from trl_ext.rewards import checked
 from trl_ext.sandbox.problems import ITEMS, NAMES
 
 _CPU = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
@@ -216,6 +218,18 @@ def test_an_unread_answer_is_matched_by_nothing(tmp_path: Path) -> None:
     assert verdicts.tolist() == [[0.0] * 4] * 2
 
 
+def test_a_decorator_of_the_user_stays(tmp_path: Path) -> None:
+    """Our own check is taken off, since it would refuse what is a verdict here; nothing else is."""
+
+    @functools.wraps(right)
+    def halved(**kwargs: Any) -> list[float | None]:
+        return [None if value is None else (1.0 + value) / 4 for value in right(**kwargs)]
+
+    for reward in (halved, checked(halved)):
+        _, verdicts = make(tmp_path, reward).answer([rules.Proposal("abc", "a"), rules.Proposal("def", "?")])
+        assert set(verdicts[0].tolist()) <= {0.25, 0.5} and verdicts[1].tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_knowledge_text_for_each_round(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every text of a small set comes once before one comes again, also from a stream."""
@@ -248,6 +262,8 @@ def test_both_adapters_are_saved(tmp_path: Path) -> None:
         ({"loop": {"verifier": "other"}}, "no reward is called 'other'"),
         ({"loop": {"tau_low": 0.5, "p_high": 0.5}}, "p_high"),
         ({"loop": {"solver_prompt": "no"}}, "solver_prompt"),
+        ({"loop": {"solver_rounds": 3}}, "solver_rounds has no effect without schedule: offline"),
+        ({"loop": {"proposer_updates": 3}}, "proposer_updates has no effect without schedule: offline"),
         ({"loop": {"proposer_methods": {"fg_expo": {}}}}, "proposer_methods: fg_expo"),
         ({"loop": {"proposer_methods": "epoo"}}, "proposer_methods: unknown method 'epoo'"),
     ],

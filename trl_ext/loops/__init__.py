@@ -1,4 +1,8 @@
-"""Outer loops that call trainers: `loop: {NAME: settings}` in a recipe. One explicit table, nothing registered by import."""
+"""Outer loops that call trainers: `loop: {NAME: settings}` in a recipe. One explicit table, nothing registered by import.
+
+For scripts that play episodes between two roles themselves: `Episode`, `role_rows`, `capped`, `balance`, with an example
+in `trl_ext.loops.labels`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ from typing import Any
 
 from trl_ext.loops.dstc_settings import Dstc
 from trl_ext.loops.iterative_settings import Iterative
+from trl_ext.loops.labels import Episode, balance, capped, role_labels, role_rows
 from trl_ext.loops.settings import PasoDoble
 from trl_ext.plan import cast_settings, did_you_mean, normalise
 
+__all__ = ["LOOPS", "Episode", "Loop", "LoopError", "balance", "capped", "make_loop", "role_labels", "role_rows"]
 Loop = PasoDoble | Iterative | Dstc
 LOOPS: dict[str, type[Loop]] = {cls.name: cls for cls in (PasoDoble, Iterative, Dstc)}
 

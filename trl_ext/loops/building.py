@@ -16,7 +16,7 @@ import torch
 from trl_ext.data_sources import DataError
 from trl_ext.loops.iterative_settings import Iterative
 from trl_ext.loops.labels import balance, labels_from_scores, with_replay
-from trl_ext.loops.pairs import TYPES, chosen_pairs, contradicted, losing, repeats, replayed, self_play_rewards
+from trl_ext.loops.pairs import TYPES, Pair, chosen_pairs, contradicted, losing, repeats, replayed, self_play_rewards
 from trl_ext.loops.sampling import Sample
 from trl_ext.loops.scorers import Judged, Reply, Scorer
 from trl_ext.plan import did_you_mean
@@ -112,16 +112,18 @@ def _verdict(line: Line, replies: Sequence[Reply], judged: Judged, scorer: Score
 
 
 def pair_lines(rows: Sequence[Row], lines: Sequence[Line], scored: Sequence[Line], loop: Iterative) -> list[Line]:
-    """The pairs of a round, each with its prompt, margin, type and origin."""
+    """The pairs of a round, each with its prompt, margin, type and origin; none of two replies with the same text."""
     found = []
     for row, line, verdict in zip(rows, lines, scored, strict=True):
         texts = _texts(line)
-        for pair in chosen_pairs(*_case(line, verdict, loop)) if len(texts) > 1 else []:
+        for pair in _pairs(line, verdict, loop):
+            if texts[pair.chosen] == texts[pair.rejected]:
+                continue  # a reply and the same one cut off, or a scorer that is not the same twice: nothing to learn
             found.append(
                 {
-                    **_prompt(row),
-                    "chosen": _said(texts[pair.chosen]),
-                    "rejected": _said(texts[pair.rejected]),
+                    **prompt_of(row),
+                    "chosen": said(texts[pair.chosen]),
+                    "rejected": said(texts[pair.rejected]),
                     "win_margin": pair.win_margin,
                     "type": pair.type,
                     "rewards": [verdict["rewards"][pair.chosen], verdict["rewards"][pair.rejected]],
@@ -129,6 +131,16 @@ def pair_lines(rows: Sequence[Row], lines: Sequence[Line], scored: Sequence[Line
                 }
             )
     return found
+
+
+def _pairs(line: Line, verdict: Line, loop: Iterative) -> list[Pair]:
+    return chosen_pairs(*_case(line, verdict, loop)) if len(verdict["wins"]) > 1 else []
+
+
+def identical(lines: Sequence[Line], scored: Sequence[Line], loop: Iterative) -> int:
+    """How many pairs a round leaves out since their two replies are the same text."""
+    cases = [(_texts(line), _pairs(line, verdict, loop)) for line, verdict in zip(lines, scored, strict=True)]
+    return sum(texts[pair.chosen] == texts[pair.rejected] for texts, pairs in cases for pair in pairs)
 
 
 def contradictions(lines: Sequence[Line], scored: Sequence[Line], loop: Iterative) -> int:
@@ -154,9 +166,17 @@ def label_lines(rows: Sequence[Row], lines: Sequence[Line], scored: Sequence[Lin
         labels = labels_from_scores(verdict["scores"], threshold)
         for i, (text, label, bad) in enumerate(zip(_texts(line), labels, verdict["negatives"], strict=True)):
             if label is not None or bad:
-                kept = {"completion": _said(text), "label": bool(label) and not bad}
-                found.append({**_prompt(row), **kept, **_origin(line, [i])})
+                kept = {"completion": said(text), "label": bool(label) and not bad}
+                found.append({**prompt_of(row), **kept, **_origin(line, [i])})
     return found
+
+
+def stand_ins(rows: Sequence[Row], kto: bool) -> list[Line]:
+    """Two rows such as `columns` takes, of the first prompt, for a trainer that only has to be built."""
+    prompt = prompt_of(rows[0])
+    if kto:
+        return [{**prompt, "completion": said(text), "label": text == "yes"} for text in ("yes", "no")]
+    return [{**prompt, "chosen": said("yes"), "rejected": said("no"), "win_margin": 0.5}] * 2
 
 
 def training_lines(
@@ -240,11 +260,13 @@ def _texts(line: Line) -> list[str]:
     return own if line["teacher"] is None else [line["teacher"], *own]
 
 
-def _prompt(row: Row) -> Line:
+def prompt_of(row: Row) -> Line:
+    """A row's prompt, with what its template is called with."""
     return {key: row[key] for key in ("prompt", "chat_template_kwargs") if row.get(key) is not None}
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def said(text: str) -> list[dict[str, str]]:
+    """A reply as TRL's conversational data sets have it."""
     return [{"role": "assistant", "content": text}]
 
 

@@ -11,7 +11,8 @@ Round t = 1..T begins with weights theta_t, which are also its frozen reference:
 6. report.json     theta_hat_t against theta_hat_{t-1} and theta_hat_0 on held-out prompts
 
 What is on disk is not made again, and every draw has a seed of its own, so a loop that was killed anywhere and goes on
-gives the same files and the same weights. The trained policy is what is saved at the end, never an anchor.
+gives the same files and the same weights. The trained policy is what is saved at the end, never an anchor: of the two
+outputs that card nesterov names this is its default; the last round's anchor is not offered, since no round compares it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import copy
 import dataclasses
 import functools
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,9 @@ from trl_ext.loops.round_log import Relay, RoundLog
 from trl_ext.loops.sampling import kl_of_samples
 from trl_ext.loops.scorers import Scorer, make_scorer
 from trl_ext.recipe import Recipe, RecipeError
+from trl_ext.recipe_parts import training_class
 from trl_ext.report import files, quiet
+from trl_ext.settings import fields_of
 
 Line = dict[str, Any]
 FREE = (
@@ -59,6 +63,9 @@ FREE = (
     ),
 )
 """How keys begin that cannot change what the rounds give, so that a run that is resumed may have others."""
+SAMPLING_READS = ("seed", "full_determinism", "use_cpu", "tf32", "trust_remote_code", "model_init_kwargs")
+"""Of the trainer's configuration: what samples and verdicts depend on too."""
+ADAPTER_KEYS = ("use_peft", "lora_", "use_rslora", "use_dora")
 PART = 512
 """Prompts that are sampled before they are written."""
 
@@ -68,13 +75,13 @@ class IterativeTrainer(LooksLikeATrainer):
 
     def __init__(self, recipe: Recipe, model: str, tokenizer: Any, data: Data) -> None:
         """Raises DataError for too few prompts or teachers that cannot be read, RecipeError for a scorer that cannot be
-        made, CheckpointError as `train`."""
+        made, CheckpointError as `train`, and what the recipe's trainer raises when it is built."""
         assert isinstance(recipe.loop, Iterative)
         self.recipe, self.loop, self.args, self.plan = recipe, recipe.loop, recipe.training_args, recipe.plan
         self.args.model_init_kwargs = model_init_kwargs(recipe)
         self.processing_class, self.base, self.rows = tokenizer, model, data.train
         self.deciding = _deciding(recipe, model, data.train)
-        compare_settings(self.args.output_dir, self.deciding)
+        compare_settings(self.args.output_dir, self.deciding, trainers_own)
         building.check_teachers(data.train, self.loop.teacher_column)
         prompts = building.distinct(data.train["prompt"])
         self.duplicates = len(data.train) - len(prompts)
@@ -84,6 +91,7 @@ class IterativeTrainer(LooksLikeATrainer):
         self.policies = Policies(self.args, self.loop, tokenizer)
         self.accelerator = self.policies.accelerator
         self.log = RoundLog(self)
+        self._try_trainer()
         self.policies.use(model)
 
     def _scorer(self) -> Scorer:
@@ -98,6 +106,13 @@ class IterativeTrainer(LooksLikeATrainer):
         """The rounds in words, for the report."""
         return self.log.words(self._kept())
 
+    def _try_trainer(self) -> None:
+        """Builds round 1's trainer on two rows and drops it: what it refuses must not wait until replies are judged."""
+        if folder_of(self.args.output_dir, 1).policy.exists():
+            return
+        with tempfile.TemporaryDirectory() as place:
+            self._dismiss(self._trainer(1, RoundFolder(Path(place)), building.stand_ins(self.rows, self.kto)))
+
     # The loop
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
@@ -105,7 +120,7 @@ class IterativeTrainer(LooksLikeATrainer):
 
         Raises CheckpointError when the rounds on disk were made with other settings, DataError for a round without data.
         """
-        check_settings(self.args.output_dir, self.deciding)
+        check_settings(self.args.output_dir, self.deciding, trainers_own)
         self.log.begin([folder_of(self.args.output_dir, n) for n in range(1, self.loop.rounds + 1)])
         if self.duplicates:
             self.log.say(f"{self.duplicates} rows are left out: their prompts came before in the data set")
@@ -145,7 +160,7 @@ class IterativeTrainer(LooksLikeATrainer):
 
     def _anchored(self, number: int) -> bool:
         """Whether the round after this one begins with an anchor. The last round has none after it."""
-        return self.loop.alpha > 0 and 0 < number < self.loop.rounds
+        return self.loop.alpha > 0 and self.loop.first_anchor <= number < self.loop.rounds
 
     def _named(self, weights: str) -> str:
         """Weights as the files name them: relative to the run's folder, or the model's name."""
@@ -190,17 +205,26 @@ class IterativeTrainer(LooksLikeATrainer):
     def _train(self, number: int, folder: RoundFolder, chosen: list[Line]) -> None:
         """One call of the recipe's trainer, from the round's start; the trained weights become `policy/`."""
         self.policies.drop()
-        args, start = copy.copy(self.args), self._start(number)
+        trainer = self._trainer(number, folder, chosen)
+        quiet(trainer)
+        trainer.add_callback(Relay(self.log))
+        trainer.train(resume_from_checkpoint=last_whole(trainer.args.output_dir))
+        folder.value("log", lambda: trainer.state.log_history)
+        self._store(trainer, folder, self._start(number))
+        self._dismiss(trainer)
+
+    def _trainer(self, number: int, folder: RoundFolder, chosen: list[Line]) -> Any:
+        """The recipe's trainer for a round, on these lines, from the round's start."""
+        args = copy.copy(self.args)
         args.output_dir, args.seed, args.push_to_hub = str(folder.train), self.args.seed + number - 1, False
+        args.hub_token = None  # the arguments are pickled beside checkpoints and weights
         args.learning_rate = self.args.learning_rate * self.loop.learning_rate_factor ** (number - 1)
         recipe = dataclasses.replace(self.recipe, training_args=args, loop=None, rewards=())
         rows = Dataset.from_list(building.columns(chosen, self.kto))
-        trainer = build_trainer(recipe, start, self.processing_class, Data(rows, None, None, len(rows), 0))
-        quiet(trainer)
-        trainer.add_callback(Relay(self.log))
-        trainer.train(resume_from_checkpoint=last_whole(args.output_dir))
-        folder.value("log", lambda: trainer.state.log_history)
-        self._store(trainer, folder, start)
+        data = Data(rows, None, None, len(rows), 0)
+        return build_trainer(recipe, self._start(number), self.processing_class, data)
+
+    def _dismiss(self, trainer: Any) -> None:
         trainer.end()
         trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = None
         trainer.accelerator.free_memory()
@@ -245,6 +269,7 @@ class IterativeTrainer(LooksLikeATrainer):
         else:
             own = building.pair_numbers(chosen, number, len(lines))
             own["contradicted"] = float(building.contradictions(lines, scored, self.loop))
+            own["identical"] = float(building.identical(lines, scored, self.loop))
         numbers |= own | {"win_rate": _mean(over_old), "win_rate_over_start": _mean(over_first)}
         judged = self.scorer.judge(rows, new) if self.scorer.scores else []
         held = [score for one in judged for score in one.scores or [] if score is not None]
@@ -291,7 +316,15 @@ def _mean(values: Sequence[float]) -> float:
 
 def check_begun(recipe: Recipe, model: str, data: Data) -> None:
     """Raises CheckpointError when the recipe's folder has rounds that were made with other settings or other rows."""
-    compare_settings(recipe.training_args.output_dir, _deciding(recipe, model, data.train))
+    deciding = _deciding(recipe, model, data.train)
+    compare_settings(recipe.training_args.output_dir, deciding, trainers_own)
+
+
+def trainers_own(key: str) -> bool:
+    """Whether a key reaches the trainer alone, so that it may change (a batch that was too large) until one has trained."""
+    name = key.partition(".")[0]
+    known = any(name in fields_of(training_class(trainer)) for trainer in Iterative.trainers)
+    return name not in SAMPLING_READS and (known or name.startswith(ADAPTER_KEYS))
 
 
 def _deciding(recipe: Recipe, model: str, rows: Any) -> dict[str, Any]:

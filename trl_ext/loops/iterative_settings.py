@@ -71,6 +71,7 @@ class Iterative(LoopSettings):
         "a sample whose most frequent 4-gram covers more loses against all; none: off",
         source="card: decision",
         gt=0,
+        le=1,
     )
     pairs: str = param(
         "rubric",
@@ -97,14 +98,20 @@ class Iterative(LoopSettings):
     )
     nesterov: dict[str, Any] | None = param(
         None,
-        "{alpha, mode: weights}: rounds begin with new + alpha (new - previous) weights (arXiv 2410.06293)",
-        source="card nesterov: off, or alpha 0.3",
+        "{alpha, mode: weights, skip_first}: rounds begin with new + alpha (new - previous) weights, with skip_first: true "
+        "not before round 3 (arXiv 2410.06293)",
+        source="card nesterov: off, or alpha 0.3; skip_first false",
     )
 
     @property
     def alpha(self) -> float:
         """Momentum of the anchors; 0 is plain iteration."""
         return 0.0 if self.nesterov is None else float(self.nesterov.get("alpha", 0.3))
+
+    @property
+    def first_anchor(self) -> int:
+        """The round whose end has the first anchor."""
+        return 2 if self.nesterov is not None and self.nesterov.get("skip_first") else 1
 
     @property
     def rubric(self) -> Rubric:
@@ -169,11 +176,14 @@ class Iterative(LoopSettings):
 
     def _nesterov(self) -> list[str]:
         given = self.nesterov or {}
-        unknown = [key for key in given if key not in ("alpha", "mode")]
-        alpha, mode = given.get("alpha", 0.3), given.get("mode", "weights")
+        unknown = [key for key in given if key not in ("alpha", "mode", "skip_first")]
+        alpha, mode, skip = given.get("alpha", 0.3), given.get("mode", "weights"), given.get("skip_first", False)
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         rules = {
-            f"nesterov: unknown setting '{next(iter(unknown), '')}' (it has: alpha, mode)": bool(unknown),
+            f"nesterov: unknown setting '{next(iter(unknown), '')}' (it has: alpha, mode, skip_first)": bool(unknown),
+            f"nesterov: skip_first {skip!r} must be true or false": not isinstance(skip, bool),
+            f"nesterov: skip_first has no effect in {self.rounds} rounds, as nothing follows the second; take 3 or more, or "
+            "leave it out": skip is True and self.rounds < 3,
             f"nesterov: alpha {alpha} must be in [0, 1)": not number or not 0 <= alpha < 1,
             f"nesterov: mode {mode!r}: between rounds weights are extrapolated; set mode: weights": mode != "weights",
         }

@@ -7,6 +7,23 @@ between n_D desirable and n_U undesirable examples (Eq. 8 of arXiv 2402.01306, t
     1 <= (lambda_D n_D) / (lambda_U n_U) <= 1.33
 
 kept by changing one of the two weights, not by discarding examples.
+
+The loop `iterative` labels the replies of one policy. Recipes have no source of episodes between two roles: a script
+that plays them itself makes each role's data set here, and hands it to TRL's KTOTrainer or `trl_ext.KTOTrainer`.
+
+    >>> from datasets import Dataset
+    >>> from trl_ext.loops import Episode, balance, capped, role_rows
+    >>> long = Episode("long", {"blue": 1.0, "red": 0.0}, {"blue": [("Left?", " No."), ("Sure?", " Yes.")]})
+    >>> short = Episode("short", {"blue": 0.0, "red": 1.0}, {"blue": [("Left?", " Yes.")], "red": [("Ask.", " Left?")]})
+    >>> rows = capped(role_rows([long, short], "blue"), 1, seed=0)  # one turn of each episode
+    >>> [(row["episode"], row["prompt"], row["label"]) for row in rows]
+    [('long', 'Sure?', True), ('short', 'Left?', False)]
+    >>> role_rows([long, short], "red")  # the same episode, labelled by the other's outcome
+    [{'prompt': 'Ask.', 'completion': ' Left?', 'label': True, 'episode': 'short'}]
+    >>> balance([row["label"] for row in rows]).warning() is None
+    True
+    >>> Dataset.from_list(rows).column_names  # as `train_dataset` of a KTOTrainer
+    ['prompt', 'completion', 'label', 'episode']
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from trl_ext.loops import stage_report
 from trl_ext.loops.failures import DATA_KEYS, Failures, check_failures, write_failures
 from trl_ext.loops.policies import hub_base
 from trl_ext.loops.stage_checks import begun_run, check_same, stage_run
-from trl_ext.loops.stage_evals import asked, check_asked, harness_scores, sandbox_scores
+from trl_ext.loops.stage_evals import StageEvals, asked, check_asked, harness_scores, sandbox_scores
 from trl_ext.loops.stages import Pipeline, Stage, StageRecipe
 from trl_ext.recipe import RecipeError, without_secrets
 from trl_ext.report import Evaluation, files
@@ -135,7 +135,13 @@ class _Run:
 
     def _check_evaluation(self, stage: Stage | None, before: str, model: str) -> None:
         if (evals := self.pipeline.evals) is not None:
-            check_asked(self._evaluation_file(stage), asked(evals, before, model))
+            check_asked(self._evaluation_file(stage), self._asked(evals, before, model))
+
+    def _asked(self, evals: StageEvals, *models: str) -> dict[str, Any]:
+        """What decides an evaluation: a model of this pipeline by its place in the folder, which may be moved."""
+        paths = [Path(model) for model in models]
+        inside = [str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else None for path in paths]
+        return asked(evals, *(place or model for place, model in zip(inside, models, strict=True)))
 
     def _once(self, act: Callable[[], Any]) -> None:
         """Acts on the main process; the others wait until it is done."""
@@ -221,11 +227,11 @@ class _Run:
         tasks: dict[str, Any] = {}
         if evals is not None and evals.rows and self.main:
             device = self.pipeline.stages[0].recipe.training_args.device
-            file, now = self._evaluation_file(stage), asked(evals, before, model)
+            file, now = self._evaluation_file(stage), self._asked(evals, before, model)
             scores = sandbox_scores(evals, model, device, file, now)
         elif evals is not None and not evals.rows and stage is not None:
             place = self.folder / "eval"
-            now = asked(evals, before, model)
+            now = self._asked(evals, before, model)
             tasks = harness_scores(evals, before, model, place / label, place / "replies", self.main, now)
         _free()
         self.evaluations.append(scores)

@@ -1,6 +1,7 @@
 """The files of a loop in rounds: what is there was written whole, so a stage whose file is there is done.
 
 rounds/settings.json                 what decides the rounds; a resumed run must agree
+rounds/answers/                      a judge's answers, one file a question, so that none is asked twice
 rounds/start/held_out.jsonl          replies of the first policy to the held-out prompts
 rounds/round-T/samples.jsonl         one prompt a line: replies, and who sampled them with which seed
                samples/              parts of that file while it is made
@@ -10,6 +11,7 @@ rounds/round-T/samples.jsonl         one prompt a line: replies, and who sampled
                log.json              what the trainer logged
                merge.json            what an adapter's merge had to warn of; there before policy/ is
                policy/               the trained weights, whole and merged
+               anchor.json           the momentum and how far it moves the weights; there before anchor/ is
                anchor/               the weights that the next round begins with, if they are others
                held_out.jsonl        replies of the trained policy to the held-out prompts
                report.json           the round's numbers
@@ -89,25 +91,40 @@ def digest(values: Iterable[Any]) -> str:
     return whole.hexdigest()
 
 
-def check_settings(output_dir: str, settings: Mapping[str, Any]) -> None:
-    """Writes what decides the rounds, or raises CheckpointError when the folder's rounds were made with other settings."""
-    compare_settings(output_dir, settings)
+def check_settings(
+    output_dir: str, settings: Mapping[str, Any], until_trained: Callable[[str], bool] | None = None
+) -> None:
+    """Writes what decides the rounds, or raises CheckpointError as `compare_settings` does.
+
+    A training of round 1 that was begun with other settings is removed.
+    """
+    changed = compare_settings(output_dir, settings, until_trained)
     path = Path(output_dir) / ROUNDS / SETTINGS
-    if not path.exists():
+    if changed:
+        shutil.rmtree(folder_of(output_dir, 1).train, ignore_errors=True)
+    if changed or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, json.loads(json.dumps(settings)))
 
 
-def compare_settings(output_dir: str, settings: Mapping[str, Any]) -> None:
-    """Raises CheckpointError when the folder has rounds that were made with other settings. Writes nothing."""
+def compare_settings(
+    output_dir: str, settings: Mapping[str, Any], until_trained: Callable[[str], bool] | None = None
+) -> list[str]:
+    """Raises CheckpointError when the folder has rounds that were made with other settings. Writes nothing.
+
+    Keys for which `until_trained` holds may differ while round 1 is not trained; those that do are returned.
+    """
     path = Path(output_dir) / ROUNDS / SETTINGS
     plain = json.loads(json.dumps(settings))
     if not path.exists():
-        return
+        return []
     before = json.loads(path.read_text())
-    if changed := sorted(key for key in {*before, *plain} if before.get(key) != plain.get(key)):
+    every = sorted(key for key in {*before, *plain} if before.get(key) != plain.get(key))
+    free = None if folder_of(output_dir, 1).policy.exists() else until_trained
+    if changed := [key for key in every if free is None or not free(key)]:
         told = "; ".join(f"{key} was {before.get(key)!r}, is {plain.get(key)!r}" for key in changed)
         raise CheckpointError(
             f"the rounds in {path.parent} were made with other settings ({told}). Resume with the same ones, or start a "
             "new run."
         )
+    return every

@@ -14,13 +14,13 @@ import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
+from evals.graders.answers import last_boxes
 from trl_ext.sandbox.rewards import parse_reply
 
 EASY_BONUS = 1.1
 """A question that the Solver always answers still earns 0.1 (card: paper)."""
 TokenSet = frozenset[int]
 _BOX = "\\boxed{"
-_PROBLEM = re.compile(r"<problem>(.*?)</problem>", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -40,8 +40,8 @@ class Proposal:
 def parse_blocks(text: str) -> Proposal:
     """The paper's form: first <problem> block after the last </think>, answer in the last box after it."""
     text = text.rpartition("</think>")[2]
-    found = _PROBLEM.search(text)
-    return Proposal(found.group(1).strip() if found else "", last_boxed(text))
+    question, end, _ = text.partition("<problem>")[2].partition("</problem>")
+    return Proposal(question.strip() if end else "", last_boxed(text))
 
 
 def parse_json(text: str) -> Proposal:
@@ -55,16 +55,8 @@ PARSERS: dict[str, Callable[[str], Proposal]] = {"blocks": parse_blocks, "json":
 
 
 def last_boxed(text: str) -> str:
-    """What stands in the last \\boxed{...} whose braces close; "" if there is none."""
-    start = text.rfind(_BOX)
-    while start >= 0:
-        depth = 0
-        for end in range(start + len(_BOX) - 1, len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start + len(_BOX) : end].strip()
-        start = text.rfind(_BOX, 0, start)
-    return ""
+    """What stands in the last \\boxed{...}, read as the evaluation's grader does; "" if there is none, or it never closes."""
+    return (last_boxes(text) or [""])[-1]
 
 
 def failed_gates(proposal: Proposal, answer_check: str = "substring") -> list[str]:

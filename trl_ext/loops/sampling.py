@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trl_ext.forward import undisturbed
+from trl_ext.forward import generated, undisturbed
 
 Row = Mapping[str, Any]
 Sample = dict[str, Any]
@@ -86,16 +86,14 @@ class TransformersSampler:
         longest, ends = max(map(len, prompts)), end_tokens(self.model, self.tokenizer)
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        # Every sampling field is named: the model's generation config must not leak in.
-        output = self.model.generate(
+        output = generated(
+            self.model,
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
             temperature=drawing.temperature,
             top_p=drawing.top_p,
             top_k=0,
-            min_p=None,
-            repetition_penalty=1.0,
             max_new_tokens=drawing.length,
             pad_token_id=pad,
             eos_token_id=sorted(ends),

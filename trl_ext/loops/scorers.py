@@ -191,6 +191,8 @@ def spec_of(spec: Any) -> tuple[str, dict[str, Any]]:
     ((name, settings),) = wanted.items()
     if name not in KINDS:
         raise ValueError(f"{name!r} is not one of {', '.join(KINDS)}{did_you_mean(str(name), KINDS)}")
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"{name}: expected a mapping of its settings, got {settings!r}")
     return name, dict(settings or {})
 
 
@@ -203,10 +205,16 @@ def _ensemble(
 ) -> Ensemble:
     from trl_ext.rewards.reward_models import AdapterScorer, ModelScorer, Scoring
 
+    for key, paths in {"models": models, "adapters": adapters}.items():
+        if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(p, str) for p in paths):
+            raise ValueError(f"ensemble: {key} {paths!r} must be a list of folders or Hub names, such as [org/name]")
+    if backbone is not None and not adapters:
+        raise ValueError(f"ensemble: backbone {backbone!r} is what `adapters` are put on; name adapters, or remove it")
     if len(rewards) + len(models) + len(adapters) < 2:
         raise ValueError("an ensemble has at least two members: `rewards` of the recipe, `models`, `adapters`")
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature} must be > 0")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 < temperature < math.inf:
+        raise ValueError(f"ensemble: temperature {temperature!r} must be a finite number > 0")
     found: list[Any] = [ModelScorer(path, Scoring()) for path in models]
     found += [AdapterScorer(tuple(adapters), backbone, Scoring())] if adapters else []
     return Ensemble(rewards, tuple(found), temperature)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from trl_ext.checks import unread
 from trl_ext.loops.base import LoopSettings
 from trl_ext.method import Setup, param
 from trl_ext.plan import PlanError, make_plan
@@ -117,8 +118,10 @@ class PasoDoble(LoopSettings):
             not in self.solver_prompt,
         }
         found = [message for message, wrong in rules.items() if wrong]
+        offline = {"schedule: offline": (self.schedule == "offline", ("proposer_updates", "solver_rounds"))}
         return (
             found
+            + unread(self, offline)  # type: ignore[arg-type]
             + self._methods(args.methods, args, "methods")
             + self._methods(self.proposer_methods, args, "proposer_methods")
         )

@@ -28,6 +28,8 @@ def check_same(stage: Stage, recipe: StageRecipe, run: Path) -> None:
     """Raises CheckpointError when the stage's `run` was made with other settings than `recipe`, what it would be now."""
     then, now = yaml.safe_load((run / "recipe.yaml").read_text()), recipe.resolved()
     ours = (*_SET_BY_US, "model_name_or_path") if stage.number > 1 else _SET_BY_US
+    if stage.failures is not None:  # a file of ours in the pipeline's folder, which may be moved
+        then, now = ({**each, "dataset_name": Path(each["dataset_name"]).name} for each in (then, now))
     keys = [key for key in {**then, **now} if key not in ours and then.get(key) != now.get(key)]
     if keys:
         changes = "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)

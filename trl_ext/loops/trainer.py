@@ -19,7 +19,7 @@ from trl_ext.loops.players import PROPOSER, SOLVER, Player, Proposer, Row, kept,
 from trl_ext.loops.rules import Proposal, TokenSet
 from trl_ext.loops.settings import PasoDoble
 from trl_ext.plan import PlanError, normalise
-from trl_ext.rewards.checked import checked
+from trl_ext.rewards.checked import checked, unchecked
 
 GAME_FILE = "pasodoble.pt"
 
@@ -147,7 +147,7 @@ def _unread_is_wrong(reward: Any) -> Any:
     """
     if isinstance(reward, (str, torch.nn.Module)) or inspect.iscoroutinefunction(reward):
         return reward
-    judge = getattr(reward, "__wrapped__", reward)  # ours refuse a first batch of None alone
+    judge = unchecked(reward)  # the check belongs on the outside, where None is a verdict
 
     @functools.wraps(judge)
     def call(**kwargs: Any) -> list[float]:

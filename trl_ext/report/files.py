@@ -55,8 +55,8 @@ def read_log(output_dir: str | os.PathLike[str]) -> list[Entry]:
     path = Path(output_dir) / LOG
     if not path.exists():
         return []
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines() if line]
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def series(entries: Sequence[Entry], key: str) -> tuple[list[int], list[float]]:

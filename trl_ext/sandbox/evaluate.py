@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.annotate.prompts import teacher_messages
-from trl_ext.forward import undisturbed
+from trl_ext.forward import generated, undisturbed
 from trl_ext.sandbox.rewards import answer_correct, json_valid
 
 Row = Mapping[str, Any]
@@ -68,8 +68,8 @@ def _generate(model: Any, tokenizer: Any, texts: list[str], temperature: float, 
     """Completion ids of each text, up to and including its end token."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
-    # Every sampling field is named: the model's generation config must not leak in.
-    output = model.generate(
+    output = generated(
+        model,
         **batch,
         **sampling,
         top_k=0 if temperature else None,

@@ -9,7 +9,7 @@ import pytest
 
 from evals.graders.choice import grade_choice
 from evals.graders.math import grade_math
-from evals.graders.schema import Schema
+from evals.graders.schema import Schema, matches
 from evals.graders.structured import grade_structured
 from evals.task import Grade
 
@@ -145,6 +145,31 @@ LONG = [
 def test_long_and_malicious_texts(text: str) -> None:
     found = grades(text)
     assert [grade.scores.get("accuracy", 0.0) for grade in found[:3]] == [0.0] * 3
+
+
+LOOKING = [r"(?=.*b.*c)d", r"(?=[\s\S]*(b|c)d)e", r"^(?:(?=.*z)a|.)*$", r"(?=\w*é)(\w)\1x", r"(?!(.*,){20}z)q"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pattern", LOOKING)
+def test_patterns_with_look_around_end(pattern: str) -> None:
+    """Each step may read the whole text, so 100,000 of them would take minutes: in texts, in many texts, and in keys."""
+    assert not matches(pattern, "a" * 900_000 + "!")
+    assert not matches(pattern, "é" * 900_000 + "!")
+    texts = Schema({"items": {"pattern": pattern}})
+    assert not texts.valid(["a" * 20_000 + "!"] * 40)
+    keys = Schema({"patternProperties": {pattern: {}}, "additionalProperties": False})
+    value = {f"{'a' * 20_000}!{i}": 1 for i in range(40)}
+    assert keys.key_counts(value) == (40, 40) and not keys.valid(value)
+
+
+def test_look_around_still_finds() -> None:
+    """Everywhere in 8,000 characters; where ^ anchors it, in any text. Texts without such a pattern have no limit."""
+    assert matches(r"(?<!a)b", "a" * 7_998 + "cb") and not matches(r"(?<!a)b", "a" * 7_999 + "b")
+    assert matches(r"^(?!.*bad)[\s\S]*end$", "a" * 900_000 + "end")
+    assert not matches(r"^(?!.*bad)[\s\S]*end$", "a" * 900_000 + "bad end")
+    assert matches(r"ab", "a" * 900_000 + "b")
+    assert Schema({"items": {"pattern": "^(?!b)"}}).valid(["a" * 900_000] * 3)
 
 
 def test_a_thread_gives_the_verdicts_of_the_main_thread() -> None:

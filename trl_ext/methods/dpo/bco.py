@@ -205,11 +205,17 @@ class Bco(Method):
         return problems
 
     def state_problem(self, state: Mapping[str, Any]) -> str | None:
-        """A checkpoint's averages are of one rule for delta, its classifier is of one embedding."""
-        shift = state["shift"]["rule"] if "shift" in state else "none"
-        if shift != self.shift:
-            return f"its averages are those of shift: {shift}, this run has shift: {self.shift}; set that to resume"
-        embedding = state["udm"]["embedding"] if "udm" in state and self.udm else self.embedding
+        """A checkpoint's averages are of one rule for delta and one memory, its classifier is of one embedding."""
+        average = state.get("shift", {"rule": "none"})
+        if average["rule"] != self.shift:
+            return f"its averages are those of shift: {average['rule']}, this run has shift: {self.shift}; set that to resume"
+        decay = average.get("decay", self.shift_decay)
+        if decay != self.shift_decay:
+            return f"its averages are those of shift_decay: {decay}, this run has shift_decay: {self.shift_decay}; set that to resume"
+        then, now = (str(on).lower() for on in ("udm" in state, self.udm))
+        if then != now:
+            return f"it was trained with udm: {then}, this run has udm: {now}; set that to resume"
+        embedding = state["udm"]["embedding"] if self.udm else self.embedding
         if embedding != self.embedding:
             return (
                 f"its prompt classifier was fitted to embedding: {embedding}, this run has embedding: {self.embedding}; "
@@ -278,7 +284,8 @@ class Bco(Method):
                 state = class_ema(state, everyone, labels > 0.5, x.step, self.shift_decay)
             else:
                 state = running_mean(state, everyone)
-            x.scratch["shift"] = {**state, "rule": self.shift}
+            decay = {"decay": self.shift_decay} if self.shift == "class_ema" else {}
+            x.scratch["shift"] = {**state, "rule": self.shift, **decay}
         delta, finite = delta_of(self.shift, state, rewards), rewards.isfinite()
         x.metrics.mean("delta", delta)
         x.metrics.mean("chosen_above_delta", (rewards > delta).float(), (label & finite).float())

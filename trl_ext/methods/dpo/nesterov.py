@@ -21,7 +21,9 @@ cancels, but TRL divides each log-ratio by the length of its completion, and so 
 than reverse_kl bend each log-ratio before the difference. `ld_alpha` weighs tokens, and Z belongs to none.
 
 Decisions (the card leaves them open): the policy starts from pi'_t+1, since the anchor has no weights to start from;
-alpha is 0.3, the factor recommended for extrapolating weights, as the paper's was not seen.
+alpha is 0.3, the factor recommended for extrapolating weights, as the paper's was not seen. The card's `skip_first` is a
+setting of the loop `iterative`; here a round is a run, and one without extrapolation is a recipe with alpha 0. What comes
+out of it is the trained policy; the card's other output, an anchor with weights, takes the mode "weights".
 """
 
 from __future__ import annotations
