@@ -27,6 +27,7 @@ from trl_ext.loops.trainer import PasoDobleTrainer
 from trl_ext.plan import PlanError
 from trl_ext.recipe import RecipeError, load_recipe
 from trl_ext.rewards import checked
+from trl_ext.rewards.checked import RewardError
 from trl_ext.sandbox.problems import ITEMS, NAMES
 
 _CPU = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
@@ -146,6 +147,29 @@ def test_resume_equals_not_stopping(tmp_path: Path, loop: dict[str, Any], stop: 
     assert lines(tmp_path) == entries
     assert again.game.state == whole.game.state
     assert again.proposer.state.global_step == whole.proposer.state.global_step > 0
+
+
+@pytest.mark.parametrize("loop", [{}, OFFLINE], ids=["online", "offline"])
+def test_a_reward_that_fails_leaves_the_rounds_before_it(tmp_path: Path, loop: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"loop": loop, "max_steps": 6, "save_strategy": "steps", "save_steps": 100}
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+    fails = True
+
+    def judge(**kwargs: Any) -> list[float | None]:
+        if fails and failing.state.global_step == 3:
+            raise OSError("no judge")
+        return right(**kwargs)
+
+    failing = make(tmp_path / "cut", reward=judge, **settings)
+    with pytest.raises(RewardError, match="no judge"):
+        failing.train()
+    fails = False
+    again = make(tmp_path / "cut", reward=judge, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for player, expected in adapters(whole).items():
+        assert_equal(expected, adapters(again)[player])
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole") and again.game.state == whole.game.state
 
 
 def test_methods_of_both_players_and_micro_batches(tmp_path: Path) -> None:

@@ -164,4 +164,5 @@ def _proposer_args(args: Any, questions: int, length: int, methods: Mapping[str,
     own.logging_strategy, own.logging_steps = IntervalStrategy.STEPS, 1
     own.save_strategy, own.report_to, own.push_to_hub = SaveStrategy.NO, [], False
     own.model_init_kwargs = None
+    own.reward_seconds = None  # its reward is the Solver's answers; what judges those has its own bound
     return own

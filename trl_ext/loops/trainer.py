@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trl_ext import checkpoints
 from trl_ext.batch import replaced
+from trl_ext.last_step import STOPS, recalled, remembered
 from trl_ext.loops.diary import Diary
 from trl_ext.loops.pasodoble import Batch, Game, State
 from trl_ext.loops.players import PROPOSER, SOLVER, Player, Proposer, Row, kept, playing
@@ -99,12 +100,26 @@ class PasoDobleTrainer(Player):
         """TRL's step on what the round left for the Solver; without that nothing is computed and nothing changes."""
         if self._step % self.args.steps_per_generation == 0:
             self.model.train()
-            self.hand = self.game.play(inputs[0])
+            self.hand = self._played(inputs[0])
             self._sits_out = self.hand is None
         if self._sits_out:
             self._step += 1
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _played(self, row: Row) -> Batch | None:
+        """One round. A reward that fails in it leaves a checkpoint of the round before: it judges before anyone learns."""
+        game, methods = self.game.state.saved(), self.proposer.plan.methods
+        states = {method.name: remembered(method.state) for method in methods}
+        try:
+            return self.game.play(row)
+        except STOPS as error:
+            self.game.state = State.loaded(game)
+            for method in methods:
+                method.state.clear()
+                method.state.update(recalled(states[method.name]))
+            self._save_last_step(error)
+            raise
 
     def get_train_dataloader(self) -> Any:
         """One knowledge text for each round: TRL's loader, for which a round is one group."""
