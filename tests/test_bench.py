@@ -255,6 +255,15 @@ def test_the_lead_of_syntax_over_content():
     assert lead({"log": {}}) is None
 
 
+def test_the_lead_of_syntax_on_held_out_problems():
+    """Nine tenths of the way: validity at step 9 of 10, accuracy (0 to 0.4, aim 0.36) at 10 + 10 * 0.16 / 0.2 = 18."""
+    points = [(0, 0.0, 0.0), (10, 1.0, 0.2), (20, 1.0, 0.4)]
+    held = [{"step": step, "valid": valid, "accuracy": right} for step, valid, right in points]
+    lead = claims.CLAIMS["rl_struct"][1].metric.read
+    assert lead({"held_out": held}) == pytest.approx(9)
+    assert lead({"held_out": [entry | {"valid": 0.5} for entry in held]}) is None, "never rose"
+
+
 @pytest.mark.parametrize(
     ("expected", "low", "high", "level", "words"),
     [

@@ -85,6 +85,23 @@ def _syntax_first(run: Run) -> float | None:
     return None if valid is None or correct is None else float(correct - valid)
 
 
+def _held_ninety_percent(name: str, run: Run) -> float | None:
+    """The step, between measurements by a straight line, at which a held-out share has made nine tenths of its way."""
+    found = run["held_out"]
+    aim = found[0][name] + 0.9 * (found[-1][name] - found[0][name])
+    for before, after in itertools.pairwise(found):
+        if before[name] < aim <= after[name]:
+            share = (aim - before[name]) / (after[name] - before[name])
+            return float(before["step"] + share * (after["step"] - before["step"]))
+    return None  # it never rose
+
+
+def _held_syntax_first(run: Run) -> float | None:
+    """Steps by which held-out validity is there before accuracy."""
+    valid, right = (_held_ninety_percent(name, run) for name in ("valid", "accuracy"))
+    return None if valid is None or right is None else right - valid
+
+
 def _second_half(name: str) -> Callable[[Run], float | None]:
     """Mean of a logged number over the second half of the steps."""
 
@@ -453,6 +470,12 @@ CLAIMS: Mapping[str, Sequence[Claim]] = {
         Claim(
             "syntax saturates before content: valid is at 90% of its rise before correct is",
             Metric("lead of syntax", "steps", _syntax_first, 1, 1),
+            "above",
+            0,
+        ),
+        Claim(
+            "the same for held-out problems: valid JSON before right answers",
+            Metric("lead of syntax, held out", "steps", _held_syntax_first, 1, 1),
             "above",
             0,
         ),
