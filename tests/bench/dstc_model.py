@@ -12,8 +12,9 @@ from __future__ import annotations
 import ast
 import json
 import operator
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ from trl_ext.settings import read_yaml  # noqa: E402
 RECIPE = "sandbox_dstc"
 TRAINED = 45
 INPUTS = range(-3, 12)
-ARMS = ("random", "minimax", "best_worst")
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "random": {"selection": "random", "require_gap": False},
+    "random, with a gap": {"selection": "random"},
+    "minimax": {"selection": "minimax"},
+}
+"""A gap: the chosen code passes more tests than the rejected one, which is a part of what minimax does."""
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
@@ -75,15 +81,26 @@ def dstc_arms(seed: int, steps: int | None, eval_rows: int) -> dict[str, dict[st
         folder = Path(name)
         start = _trained("sft", seed, folder / "sft", {"dataset_options": {"n": 12800, "seed": 1 + 10 * seed}})
         before = _pass_at_1(start, rows, seed, eval_rows)
-        found = {}
-        for arm in ARMS:
-            changes = {"model_name_or_path": start, "dataset_options": {"n": TRAINED, "seed": seed}}
-            changes |= {"max_steps": steps} if steps else {}
-            out = _trained("dstc", seed, folder / arm, changes, selection=arm)
+        changes: dict[str, Any] = {"model_name_or_path": start, "dataset_options": {"n": TRAINED, "seed": seed}}
+        changes |= {"max_steps": steps} if steps else {}
+        found: dict[str, dict[str, float]] = {}
+        for number, (arm, how) in enumerate(ARMS.items()):
+            if number:
+                _share(folder / "arm0", folder / f"arm{number}")
+            out = _trained("dstc", seed, folder / f"arm{number}", changes, **how)
             after = _pass_at_1(out, rows, seed, eval_rows)
             gains = {f"{key}_gain": after[key] - before[key] for key in after}
             found[arm] = {**after, **gains, **_pairs(out, rows[:TRAINED])}
         return {**found, "start": before}
+
+
+def _share(first: Path, out: Path) -> None:
+    """The codes, tests and results of an arm for another one, which draws and runs the same: the rest is its own."""
+    for part in (first / "rounds" / "dstc").glob("part-*"):
+        own = out / "rounds" / "dstc" / part.name
+        own.mkdir(parents=True)
+        for name in ("samples.jsonl", "results.jsonl"):
+            shutil.copy(part / name, own / name)
 
 
 def _trained(stage: str, seed: int, out: Path, changes: dict[str, Any], **loop: Any) -> str:
@@ -96,7 +113,7 @@ def _trained(stage: str, seed: int, out: Path, changes: dict[str, Any], **loop: 
     path = out.with_suffix(".yaml")
     own = {"seed": 42 + seed, "output_dir": str(out), "eval_rows": 0, "disable_tqdm": True}
     path.write_text(yaml.safe_dump(raw | block | own | changes, sort_keys=False))
-    train(load_recipe(str(path)))
+    train(load_recipe(str(path)), resume=out.exists())
     return str(out)
 
 
