@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.common import quiet
+from tests.bench.common import quiet, write_json
 
 quiet()
 
@@ -86,7 +86,7 @@ def dstc_arms(seed: int, steps: int | None, eval_rows: int) -> dict[str, dict[st
         found: dict[str, dict[str, float]] = {}
         for number, (arm, how) in enumerate(ARMS.items()):
             if number:
-                _share(folder / "arm0", folder / f"arm{number}")
+                _share(folder / "arm0", folder / f"arm{number}", how)
             out = _trained("dstc", seed, folder / f"arm{number}", changes, **how)
             after = _pass_at_1(out, rows, seed, eval_rows)
             gains = {f"{key}_gain": after[key] - before[key] for key in after}
@@ -94,8 +94,10 @@ def dstc_arms(seed: int, steps: int | None, eval_rows: int) -> dict[str, dict[st
         return {**found, "start": before}
 
 
-def _share(first: Path, out: Path) -> None:
-    """The codes, tests and results of an arm for another one, which draws and runs the same: the rest is its own."""
+def _share(first: Path, out: Path, how: Mapping[str, Any]) -> None:
+    """The codes, tests and results of an arm for another one, which draws and runs the same and selects by `how`."""
+    settings = json.loads((first / "rounds" / "settings.json").read_text())
+    write_json(out / "rounds" / "settings.json", settings | {"require_gap": Dstc.require_gap} | how)
     for part in (first / "rounds" / "dstc").glob("part-*"):
         own = out / "rounds" / "dstc" / part.name
         own.mkdir(parents=True)
