@@ -8,6 +8,7 @@ not, up to the step's end. So the rest is remembered at the end of each step, an
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from trl_ext.annotate.base import AnnotatorError
 from trl_ext.base import MethodTrainer
 from trl_ext.checkpoints import CheckpointError
-from trl_ext.method import Unavailable
+from trl_ext.method import Method, Unavailable
 from trl_ext.randomness import generator_states, restore_generators
 from trl_ext.rewards import stateful
 from trl_ext.rewards.checked import RewardError
@@ -66,9 +67,18 @@ def recalled(value: Any) -> Any:
     return type(value)(map(recalled, value)) if type(value) in (list, tuple) else value
 
 
+def put_back(methods: Sequence[Method], states: Mapping[str, Any]) -> None:
+    """The state of each method as it was `remembered`, by its name. Raises Overwritten, and then changes none."""
+    found = {name: recalled(state) for name, state in states.items()}
+    for method in methods:
+        method.state.clear()
+        method.state.update(found[method.name])
+
+
 @dataclass(frozen=True)
 class LastStep:
-    """What moves between the end of `step` and the next one of the things that its checkpoint holds."""
+    """What moves between the end of `step` and the next one of the things that its checkpoint holds. `more`: a
+    subclass's own."""
 
     step: int
     methods: dict[str, Any]
@@ -78,6 +88,7 @@ class LastStep:
     generators: dict[str, Any]
     micro_batch: int
     buffer: Any
+    more: Any = None
 
 
 class KeepsLastStep(MethodTrainer):
@@ -149,11 +160,8 @@ class KeepsLastStep(MethodTrainer):
             error.add_note(str(problem))
 
     def _put_back(self, last: LastStep) -> None:
-        states = {name: recalled(state) for name, state in last.methods.items()}
         rewards = recalled(last.rewards)
-        for method in self.plan.methods:
-            method.state.clear()
-            method.state.update(states[method.name])
+        put_back(self.plan.methods, last.methods)
         stateful.load_states(self.reward_funcs, rewards)
         self.state.num_input_tokens_seen = last.tokens
         self.current_flos = last.flops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from trl_ext import checkpoints
 from trl_ext.batch import replaced
-from trl_ext.last_step import STOPS, recalled, remembered
+from trl_ext.last_step import STOPS, LastStep, put_back, remembered
 from trl_ext.loops.diary import Diary
 from trl_ext.loops.pasodoble import Batch, Game, State
 from trl_ext.loops.players import PROPOSER, SOLVER, Player, Proposer, Row, kept, playing
@@ -109,15 +110,9 @@ class PasoDobleTrainer(Player):
 
     def _played(self, row: Row) -> Batch | None:
         """One round. A reward that fails in it leaves a checkpoint of the round before: it judges before anyone learns."""
-        game, methods = self.game.state.saved(), self.proposer.plan.methods
-        states = {method.name: remembered(method.state) for method in methods}
         try:
             return self.game.play(row)
         except STOPS as error:
-            self.game.state = State.loaded(game)
-            for method in methods:
-                method.state.clear()
-                method.state.update(recalled(states[method.name]))
             self._save_last_step(error)
             raise
 
@@ -127,6 +122,16 @@ class PasoDobleTrainer(Player):
             return super().get_train_dataloader()
 
     # State
+
+    def _as_it_is(self) -> LastStep:
+        states = {method.name: remembered(method.state) for method in self.proposer.plan.methods}
+        return dataclasses.replace(super()._as_it_is(), more=(self.game.state.saved(), states))
+
+    def _put_back(self, last: LastStep) -> None:
+        game, states = last.more
+        put_back(self.proposer.plan.methods, states)
+        super()._put_back(last)
+        self.game.state = State.loaded(game)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self.proposer.start(max_steps)
