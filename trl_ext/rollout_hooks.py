@@ -57,7 +57,6 @@ class RolloutHooks(MethodTrainer):
     generation_config: Any
     generation_kwargs: dict[str, Any]
     reward_func_names: list[str]
-    reward_funcs: list[Any]
     reward_weights: Tensor
     train_dataset: Any
     use_vllm: bool
@@ -71,10 +70,6 @@ class RolloutHooks(MethodTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.plan.methods and self.model.training):
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        return self._batch_of(inputs)
-
-    def _batch_of(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A rollout with methods: TRL's, with what they change."""
         rows, drawn = self._chosen(inputs)
         for method in self.plan.using("edit_prompts"):
             rows = method.edit_prompts(rows)
