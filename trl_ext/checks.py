@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from trl_ext.method import Method, Setup, overrides
+from trl_ext.method import Setup, overrides
 from trl_ext.plan import did_you_mean
 
 POLICY_TERM: Mapping[str, Any] = {
@@ -30,10 +30,10 @@ ADVANTAGES: Mapping[str, tuple[Any, ...]] = {
 """What shapes TRL's advantages -> the values with which that does nothing to the summed rewards."""
 
 
-def unread(method: Method, parts: Mapping[str, tuple[bool, Sequence[str]]]) -> list[str]:
-    """Settings that differ from their defaults although their part is off. `parts`: how to switch a part on -> whether
+def unread(settings: Any, parts: Mapping[str, tuple[bool, Sequence[str]]]) -> list[str]:
+    """Settings of a method or a loop that differ from their defaults although their part is off. `parts`: how to switch a part on -> whether
     it is, and the settings that it alone reads."""
-    changed = {f.name for f in fields(method) if f.init and getattr(method, f.name) != _default(f)}
+    changed = {f.name for f in fields(settings) if f.init and getattr(settings, f.name) != _default(f)}
     return [
         f"{name} has no effect without {part}; leave it out, or switch that on"
         for part, (on, names) in parts.items()

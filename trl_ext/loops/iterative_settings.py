@@ -151,7 +151,7 @@ class Iterative(LoopSettings):
         found = [message for message, wrong in rules.items() if wrong]
         parts = {"trainer: kto": (kto, _KTO_ONLY), "trainer: dpo": (not kto, _DPO_ONLY)}
         parts |= {} if kto else {"pairs: rubric": (self.pairs == "rubric", _RUBRIC_ONLY)}
-        return found + unread(self, parts) + self._scorer(rewards, kto) + self._nesterov()  # type: ignore[arg-type]
+        return found + unread(self, parts) + self._scorer(rewards, kto) + self._nesterov()
 
     def _scorer(self, rewards: Sequence[str], kto: bool) -> list[str]:
         """The scorer can be made, has what it needs, and reads what is set."""

@@ -121,7 +121,7 @@ class PasoDoble(LoopSettings):
         offline = {"schedule: offline": (self.schedule == "offline", ("proposer_updates", "solver_rounds"))}
         return (
             found
-            + unread(self, offline)  # type: ignore[arg-type]
+            + unread(self, offline)
             + self._methods(args.methods, args, "methods")
             + self._methods(self.proposer_methods, args, "proposer_methods")
         )
