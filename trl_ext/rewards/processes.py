@@ -3,61 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trl_ext.rewards.ensemble import group_z
-from trl_ext.rewards.time_limit import TimeUp, with_others
+from trl_ext.together import distributed, gathered
 
 Run = tuple[Any, int]
 """A prompt, and how many completions of it follow one another."""
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _gathered(values: list[Any]) -> list[Any]:
-    """Those of all processes, in their order."""
-    from accelerate.utils import gather_object
-
-    with with_others():
-        return list(gather_object(values))
-
-
-def on_all(make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, each process its own, before something that they do together. What it raises on one, all hear of: the
-    others raise RuntimeError, where they would wait."""
-    if not _distributed():
-        return make()
-    problem: BaseException | None = None
-    try:
-        made = make()
-    except (Exception, TimeUp) as error:
-        problem = error
-    failed = _gathered([problem is not None])
-    if problem is not None:
-        raise problem
-    if any(failed):
-        raise RuntimeError(f"it failed on process {failed.index(True)}, which says what was wrong")
-    return made
-
-
 def of_all_processes(scores: Tensor) -> Tensor:
     """(k, B) of this process -> (k, all B) of all processes."""
-    if not _distributed():
+    if not distributed():
         return scores
-    return torch.cat(_gathered([scores]), 1)
+    return torch.cat(gathered([scores]), 1)
 
 
 def whole_group_z(scores: Tensor, prompts: Sequence[Any], smallest: int, one_size: bool) -> Tensor:
     """(k, B) of this process -> (k, B): `group_z` in the groups of all processes, in whose order a group may go on."""
-    if not _distributed():
+    if not distributed():
         return group_z(scores, _groups(_runs(prompts), smallest, one_size))
-    parts = _gathered([(scores.cpu(), _runs(prompts))])
+    parts = gathered([(scores.cpu(), _runs(prompts))])
     everyone = torch.cat([part for part, _ in parts], 1)
     found = group_z(everyone, _groups([run for _, runs in parts for run in runs], smallest, one_size))
     start = sum(part.size(1) for part, _ in parts[: torch.distributed.get_rank()])

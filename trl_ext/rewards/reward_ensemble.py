@@ -16,9 +16,10 @@ from torch import Tensor
 
 from trl_ext.rewards.checked import Reward, checked
 from trl_ext.rewards.ensemble import OBJECTIVES, Moments, combine, summary
-from trl_ext.rewards.processes import of_all_processes, on_all, whole_group_z
+from trl_ext.rewards.processes import of_all_processes, whole_group_z
 from trl_ext.rewards.registry import columns_of, make_reward
 from trl_ext.rewards.stateful import load_states, stateful, states_of
+from trl_ext.together import on_all
 
 NORMALIZE = ("none", "group_z", "running_z")
 SMALLEST_GROUP = 8

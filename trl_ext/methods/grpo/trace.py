@@ -41,6 +41,7 @@ from trl_ext.annotate import (
 from trl_ext.checks import reward_named
 from trl_ext.forward import Features, per_position
 from trl_ext.method import HIDDEN, POLICY, TEACHER, LossInput, Method, Rollout, RunShape, Setup, param
+from trl_ext.together import on_all
 
 ERROR, KEY = 1, 2
 """Kinds of a span token: in a wrong rollout (reverse KL), in a right one (forward KL)."""
@@ -240,7 +241,7 @@ class Trace(Method):
         started = time.perf_counter()
         annotator: Any = self._outside_annotator if self.annotator != "policy" else self._policy(rollout)
         failed_before = annotator.stats["parse_failures"] if hasattr(annotator, "stats") else 0
-        answers = self._answers(annotator, requests, rollout)
+        answers = on_all(lambda: annotator(requests) if requests else [], "annotator: it", AnnotatorError)
         rollout.metrics.mean("annotate_seconds", time.perf_counter() - started)
         if requests and hasattr(annotator, "stats"):
             failed = annotator.stats["parse_failures"] - failed_before
@@ -249,21 +250,6 @@ class Trace(Method):
         for i, found in zip(sent, answers, strict=True):
             spans[i] = found
         return spans
-
-    def _answers(self, annotator: Annotator, requests: list[Request], rollout: Rollout) -> Sequence[list[Span]]:
-        """AnnotatorError on all processes if it fails on one: the others would wait."""
-        answers: Sequence[list[Span]] = []
-        problem: AnnotatorError | None = None
-        try:
-            answers = annotator(requests) if requests else []
-        except AnnotatorError as error:
-            problem = error
-        failed, _ = rollout.gather(rollout.advantages.new_tensor([float(problem is not None)]))
-        if problem is not None:
-            raise problem
-        if failed.any():
-            raise AnnotatorError(f"annotator: it failed on process {int(failed.argmax())}, which says what was wrong")
-        return answers
 
     def _policy(self, rollout: Rollout) -> Annotator:
         return make_annotator("policy", generate=lambda prompts: rollout.generate(prompts, self.max_annotation_tokens))
