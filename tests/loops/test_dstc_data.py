@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from datasets import Dataset, IterableDataset
 
 from tests.tiny import dpo_args, tiny_path, tiny_tokenizer
 from trl_ext.checkpoints import CheckpointError
@@ -240,17 +239,10 @@ def test_settings_of_the_chat_template_are_kept(tmp_path):
     assert len(pair) == 2
 
 
-def test_tools_and_streams_are_refused(tmp_path):
+def test_tools_are_refused():
     tools = [{**ROWS[0], "tools": None}, {**ROWS[1], "tools": '[{"type": "function"}]'}]
     with pytest.raises(DataError, match="row 1 has tools"):
         instructions(tools, None)
-    stream = Dataset.from_list(ROWS).to_iterable_dataset()
-    assert isinstance(stream, IterableDataset)
-    args = SimpleNamespace(output_dir=str(tmp_path), seed=0, max_length=None)
-    recipe = SimpleNamespace(training_args=args)
-    with pytest.raises(DataError, match="set dataset_streaming: false"):
-        LOOP.check_begun(recipe, "m", SimpleNamespace(train=stream))
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_pair_is_a_completion_of_the_instruction_and_not_of_the_question_for_code(tmp_path):
@@ -398,6 +390,11 @@ def test_a_method_that_reads_a_column_is_refused_before_anything_is_sampled(tmp_
     with pytest.raises(RecipeError, match="loop: dstc: methods: dno reads the column win_margin"):
         load("soft")
     assert load("prct").plan.methods[0].variant == "prct"
+
+
+def test_a_stream_is_refused_before_anything_is_read():
+    with pytest.raises(RecipeError, match="loop: dstc: dataset_streaming: .* set it to false"):
+        load_recipe("dstc_qwen2.5_coder_7b", ["--use_cpu", "true", "--dataset_streaming", "true"])
 
 
 def test_the_real_recipe_names_the_function_and_has_room_for_its_pairs():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from trl_ext.data_sources import DataError
 from trl_ext.loops.building import prompt_of, said
@@ -18,12 +18,8 @@ Row = Mapping[str, Any]
 def instructions(data: Any, entry_point: str | None) -> list[Row]:
     """The rows of a data set, all with that entry point unless it is None.
 
-    DataError for a stream, and for a row without the name of a function or with tools.
+    DataError for a row without the name of a function or with tools. A recipe that names a stream does not load.
     """
-    if isinstance(data, IterableDataset):
-        raise DataError(
-            "dstc: makes its pairs of all rows before training, and a stream need not end; set dataset_streaming: false"
-        )
     rows = [row if entry_point is None else {**row, "entry_point": entry_point} for row in data]
     for number, row in enumerate(rows):
         if row.get("tools"):

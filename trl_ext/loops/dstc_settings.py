@@ -99,8 +99,8 @@ class Dstc(LoopSettings):
         return "transformers" if self.vllm_server_base_url is None else "vllm"
 
     def check_begun(self, recipe: Any, model: str, data: Any) -> None:
-        """The loop's settings that decide the pairs, the seed, the model, the rows and max_length. DataError for a stream,
-        and for rows that it cannot use."""
+        """The loop's settings that decide the pairs, the seed, the model, the rows and max_length. DataError for
+        rows that it cannot use."""
         from trl_ext.loops.dstc_data import check_begun  # here, since it loads the samplers
 
         args = recipe.training_args
