@@ -393,7 +393,7 @@ def test_a_method_that_reads_a_column_is_refused_before_anything_is_sampled(tmp_
 
 
 def test_a_stream_is_refused_before_anything_is_read():
-    with pytest.raises(RecipeError, match="loop: dstc: dataset_streaming: .* set it to false"):
+    with pytest.raises(RecipeError, match=r"loop: dstc: dataset_streaming: .* set it to false"):
         load_recipe("dstc_qwen2.5_coder_7b", ["--use_cpu", "true", "--dataset_streaming", "true"])
 
 
